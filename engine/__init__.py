@@ -1,0 +1,1 @@
+"""The rollout engine: draws image tokens and says with what probability it drew them."""
