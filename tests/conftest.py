@@ -1,0 +1,86 @@
+"""What every test may rely on: fixed seeds, no network, golden files, honest uninitialised memory.
+
+A run that names only tests/kernels on a machine without a GPU switches Triton's interpreter on, so
+that `pytest tests/kernels/test_rmsnorm.py` tests the kernel and not its reference against itself.
+All other tests run the path that a user on a CPU runs, hence two processes in `make test`.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).parent
+KERNEL_TESTS = TESTS / "kernels"
+
+# A missing local file must be an error in a test, never a download.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    named = [(config.invocation_params.dir / arg.split("::")[0]).resolve() for arg in config.args]
+    only_kernels = all(path.is_relative_to(KERNEL_TESTS) for path in named)
+    if only_kernels and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_report_header() -> str:
+    if _interpreted():
+        return "kernels: Triton's interpreter"
+    if torch.cuda.is_available():
+        return f"kernels: {torch.cuda.get_device_name()}"
+    return "kernels: references only; run tests/kernels on its own for the interpreter"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and not _interpreted():
+        return
+    reason = "Triton's interpreter is on" if _interpreted() else "needs a CUDA GPU, found none"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def golden() -> Path:
+    """The folder of golden cases, one sub-folder each."""
+    return TESTS / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # library code may draw from the global state
+
+
+@pytest.fixture(autouse=True)
+def _empty_holds_nan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that leaves a value unwritten, or reads past its mask, shows it as NaN."""
+    if not request.path.is_relative_to(KERNEL_TESTS):
+        return
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, _filled_with_nan(getattr(owner, name)))
+
+
+def _filled_with_nan(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate_nan(*args: object, **options: object) -> Tensor:
+        out = allocate(*args, **options)
+        if out.is_floating_point():
+            with torch.no_grad():
+                out.fill_(torch.nan)
+        return out
+
+    return allocate_nan
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
