@@ -1,0 +1,1 @@
+"""Measures of a set of images against references: nothing here is ever a reward."""
