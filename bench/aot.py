@@ -138,7 +138,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 def _report(spec: AotSpec, arch: int, usage: str, sass: str, shared: int) -> AotReport:
     registers = int(_found(r"REG:(\d+)", usage))
     stack = int(_found(r"STACK:(\d+)", usage)) + int(_found(r"LOCAL:(\d+)", usage))
-    instructions = [m.group("op", "args") for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+    instructions = [(m["op"], m["args"]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
     ops = [op for op, _ in instructions]
     # A local access without a stack frame would be a spill that -res-usage hides.
     if not stack:
