@@ -1,0 +1,89 @@
+"""Keys and values of a wave of images that all stand at the same position.
+
+The layout of the plain PyTorch path: every slot owns one contiguous stretch, so that the valid
+part of the cache is a slice, read without copies. Entry 0 of a slot is its collapsed prefix (a key
+of zeros and the mean of the prefix values); entry 1 + t belongs to image token t. The last token
+of an image is never fed back, so T entries suffice.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from argrpo.engine.attention import rotate
+from argrpo.engine.policy import PolicyShape
+from argrpo.engine.prefix import PrefixStates
+
+
+def cache_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """fp32 on a CPU, where half-precision attention is slower and coarser; else the weights'."""
+    return torch.float32 if device.type == "cpu" else weights
+
+
+def slot_bytes(shape: PolicyShape, dtype: torch.dtype, num_branches: int) -> int:
+    """Bytes of keys and values that one image needs."""
+    entries = shape.num_layers * shape.num_heads * shape.num_image_tokens * shape.head_dim
+    return 2 * num_branches * entries * dtype.itemsize
+
+
+class WaveCache:
+    """Keys and values of R rows: the conditional rows first, then the unconditional ones."""
+
+    def __init__(
+        self, shape: PolicyShape, num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        size = (shape.num_layers, num_rows, shape.num_heads, shape.num_image_tokens, shape.head_dim)
+        self.keys = torch.zeros(size, dtype=dtype, device=device)
+        self.values = torch.zeros(size, dtype=dtype, device=device)
+        # Entry 0 scores log(count), so that it weighs as much as the whole prefix. One position
+        # scores 0 and needs no bias.
+        self.log_counts = torch.zeros(num_rows, dtype=torch.float32, device=device)
+        self.has_long_prefix = shape.prefix_len > 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.keys.shape[1]
+
+    def write_prefix(self, rows: slice, prefix: PrefixStates, index: Tensor) -> None:
+        """Entry 0 of some cache rows; `index` says which row of the draw each of them is."""
+        prompts = prefix.index[index]
+        means = prefix.value_sums / prefix.counts[None, :, None, None]
+        self.keys[:, rows, :, 0] = 0
+        self.values[:, rows, :, 0] = means[:, prompts].to(self.values.dtype)
+        self.log_counts[rows] = prefix.counts[prompts].log()
+
+    def attend(self, num_rows: int, entry: int, rotary: Tensor) -> "WaveAttend":
+        """The attention of one decode step.
+
+        Args:
+            num_rows: the first rows take part.
+            entry: where this step's keys and values go; entries 0 to `entry` are attended to.
+            rotary: [1, D / 2, 2] cosines and sines of this step's position.
+        """
+        return WaveAttend(self, num_rows, entry, rotary)
+
+
+class WaveAttend:
+    """One query a row against the filled part of its cache."""
+
+    def __init__(self, cache: WaveCache, num_rows: int, entry: int, rotary: Tensor) -> None:
+        self._keys = cache.keys[:, :num_rows]
+        self._values = cache.values[:, :num_rows]
+        self._entry = entry
+        self._rotary = rotary
+        self._bias: Tensor | None = None
+        if cache.has_long_prefix:
+            log_counts = cache.log_counts[:num_rows, None, None, None].to(cache.keys.dtype)
+            self._bias = F.pad(log_counts, (0, entry))
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """[R, 1, 3, H, D] -> [R, 1, H * D]."""
+        q, k = rotate(qkv[:, :, :2], self._rotary).transpose(1, 3).unbind(2)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, :, self._entry] = k[:, :, 0]
+        values[:, :, self._entry] = qkv[:, 0, 2]
+        filled = self._entry + 1
+        out = F.scaled_dot_product_attention(
+            q.to(keys.dtype), keys[:, :, :filled], values[:, :, :filled], attn_mask=self._bias
+        )
+        return out.transpose(1, 2).flatten(2).to(qkv.dtype)

@@ -1,0 +1,60 @@
+"""What the engine asks of a model. Any module with these members can be drawn from."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from argrpo.engine.attention import Attend
+from argrpo.engine.conditions import Conditions
+
+
+class Prefix(NamedTuple):
+    """Conditions as the first positions of a sequence."""
+
+    embeddings: Tensor  # [N, P, D]
+    mask: Tensor  # [N, P] bool, True on valid positions
+
+
+class PolicyShape(NamedTuple):
+    """The sizes of a policy that a key-value cache depends on."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    vocab_size: int
+    prefix_len: int  # P
+    num_image_tokens: int  # T
+
+
+class Policy(Protocol):
+    """An autoregressive model over image tokens, with one definition for drawing and training."""
+
+    @property
+    def shape(self) -> PolicyShape: ...
+
+    @property
+    def rotary(self) -> Tensor:
+        """[P + T, head_dim / 2, 2] fp32 cosines and sines."""
+        ...
+
+    @property
+    def token_embedding(self) -> nn.Embedding: ...
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; the head has no bias."""
+        ...
+
+    def check_conditions(self, conditions: Conditions) -> None:
+        """Raise ValueError by name if these conditions cannot be embedded."""
+        ...
+
+    def null_conditions(self, conditions: Conditions) -> Conditions:
+        """The null condition for every row. ValueError if the model has none."""
+        ...
+
+    def embed_conditions(self, conditions: Conditions) -> Prefix: ...
+
+    def trunk(self, x: Tensor, attend: Attend) -> Tensor:
+        """[N, S, D] embeddings -> [N, S, D] final-norm hidden states."""
+        ...

@@ -1,0 +1,299 @@
+"""Draws images as tokens, with the log-prob of every token, from a policy's own weights.
+
+This is the plain PyTorch path: lockstep waves of `max_slots` images. All images of a policy have
+the same length and none stops early, so a wave starts and ends together and nothing asks the
+device how far it is. Weights are read in place: after an optimizer step the next draw uses them.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from argrpo.engine.conditions import Conditions, moved_to, num_rows, select
+from argrpo.engine.kv_cache import WaveCache, cache_dtype, slot_bytes
+from argrpo.engine.policy import Policy
+from argrpo.engine.prefix import PrefixStates, collapse_prefixes, has_zero_rotary_prefix
+from argrpo.engine.rollout import Rollout, concatenate, empty
+from argrpo.engine.sampling_params import SamplingParams
+from argrpo.kernels.guided_sampling import Draw, DrawKeys, DrawSettings, guided_sample
+
+# Images a wave with deterministic=True: library products of one shape round one way, so a fixed
+# wave gives the same bits whatever max_slots is.
+_DETERMINISTIC_WAVE = 8
+
+
+class _Request(NamedTuple):
+    """One checked draw, shared by its waves."""
+
+    conditions: Conditions
+    params: SamplingParams
+    seed: int
+    image_ids: Tensor  # [N] int64
+    cond_prefix: PrefixStates
+    uncond_prefix: PrefixStates | None
+    wants_cond_logprobs: bool
+    wants_support: bool
+
+
+class RolloutEngine:
+    """Draws rollouts. One engine serves any number of draws; it holds no random state."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_slots: int,
+        page_size: int = 64,
+        kv_bytes: int | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        """Plan the cache for a policy.
+
+        Args:
+            policy: the model to draw from; its weights are read in place at every draw.
+            max_slots: images drawn at a time, at least 1. More images refill the slots.
+            page_size: positions per cache page, a power of two. The plain PyTorch path keeps one
+                contiguous stretch a slot and has no pages; the value is checked all the same.
+            kv_bytes: upper bound on the bytes of keys and values; None takes what `max_slots` need.
+                Fewer slots run when fewer fit.
+            deterministic: draw in waves of 8 whatever `max_slots` is, so that tokens are exactly
+                the same for any `max_slots`. Costs the larger batches.
+
+        Raises:
+            ValueError: a number out of range, `kv_bytes` too small for one image, or a policy
+                whose prefix has a rotary embedding.
+        """
+        if max_slots < 1:
+            raise ValueError(f"max_slots: expected at least 1, got {max_slots}")
+        if page_size < 1 or page_size & (page_size - 1):
+            raise ValueError(f"page_size: expected a power of two, got {page_size}")
+        if not has_zero_rotary_prefix(policy):
+            raise ValueError(
+                "policy: expected a rotary table of zeros for its prefix positions, as LlamaGen "
+                "has, got other values"
+            )
+        self._policy = policy
+        wave = _DETERMINISTIC_WAVE if deterministic else max_slots
+        self.num_slots = wave if kv_bytes is None else min(wave, self._slots_in(kv_bytes))
+        if deterministic and self.num_slots < wave:
+            raise ValueError(
+                f"kv_bytes: expected room for {wave} images with deterministic=True, "
+                f"got {kv_bytes} bytes, which hold {self.num_slots}"
+            )
+        self._cache: WaveCache | None = None
+
+    def draw(
+        self,
+        conditions: Conditions,
+        params: SamplingParams,
+        *,
+        seed: int,
+        image_ids: Tensor | None = None,
+        cond_logprobs: bool = False,
+        support: bool = False,
+    ) -> Rollout:
+        """Draw one image a condition.
+
+        A token depends on the weights, its condition, `params`, `seed`, its image id and its
+        position, and on nothing else that is drawn with it.
+
+        Args:
+            conditions: class labels [N] int64, or `TextFeatures` with N rows.
+            params: the distribution to draw from.
+            seed: any 64-bit integer.
+            image_ids: [N] int64; None numbers the images 0 to N - 1.
+            cond_logprobs: also return log-probs under the conditional model alone, at the same
+                temperature and full support. Costs a second head product.
+            support: also return the kept set of every token as a bitmask (with filters on).
+
+        Returns:
+            A `Rollout` of N images on the policy's device.
+
+        Raises:
+            ValueError: conditions, seed or image ids of another type, shape or range; guidance on
+                a policy without a null condition; conditional log-probs of a greedy draw.
+        """
+        parts = list(
+            self.draw_iter(
+                conditions,
+                params,
+                seed=seed,
+                image_ids=image_ids,
+                cond_logprobs=cond_logprobs,
+                support=support,
+            )
+        )
+        if not parts:
+            return empty(conditions, params, seed, self._policy.shape.num_image_tokens)
+        return concatenate(parts, conditions)
+
+    def draw_iter(
+        self,
+        conditions: Conditions,
+        params: SamplingParams,
+        *,
+        seed: int,
+        image_ids: Tensor | None = None,
+        cond_logprobs: bool = False,
+        support: bool = False,
+    ) -> Iterator[Rollout]:
+        """As `draw`, but yields rollouts of images as they finish, in order of their rows."""
+        request = self._request(
+            conditions, params, seed, image_ids, cond_logprobs, support and params.is_filtered
+        )
+        if request is None:
+            return
+        order = torch.arange(num_rows(conditions), device=request.image_ids.device)
+        for rows in order.split(self.num_slots):
+            yield self._draw_wave(request, rows)
+
+    def _request(
+        self,
+        conditions: Conditions,
+        params: SamplingParams,
+        seed: int,
+        image_ids: Tensor | None,
+        wants_cond_logprobs: bool,
+        wants_support: bool,
+    ) -> _Request | None:
+        """Check a draw and collapse its prefixes; None if it has no images."""
+        policy = self._policy
+        policy.check_conditions(conditions)
+        device = policy.head_weight.device
+        ids = torch.arange(num_rows(conditions)) if image_ids is None else image_ids
+        if ids.dtype != torch.int64 or ids.shape != (num_rows(conditions),):
+            raise ValueError(
+                f"image_ids: expected int64 of shape [{num_rows(conditions)}], "
+                f"got {ids.dtype} {list(ids.shape)}"
+            )
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected a signed 64-bit integer, got {seed}")
+        if wants_cond_logprobs and params.temperature == 0:
+            raise ValueError("cond_logprobs: expected a temperature above 0, got a greedy draw")
+        if not num_rows(conditions):
+            return None
+        conditions = moved_to(conditions, device)
+        uncond = None
+        if params.is_guided:
+            uncond = collapse_prefixes(policy, policy.null_conditions(conditions))
+        return _Request(
+            conditions=conditions,
+            params=params,
+            seed=seed,
+            image_ids=ids.to(device),
+            cond_prefix=collapse_prefixes(policy, conditions),
+            uncond_prefix=uncond,
+            wants_cond_logprobs=wants_cond_logprobs,
+            wants_support=wants_support,
+        )
+
+    @torch.no_grad()
+    def _draw_wave(self, request: _Request, rows: Tensor) -> Rollout:
+        """Draw the images of some rows, all positions in lockstep."""
+        shape, slots = self._policy.shape, self.num_slots
+        # The engine always runs all its slots, because the row count of a library product decides
+        # how it rounds; empty slots repeat the first row and are dropped.
+        filled = torch.cat([rows, rows[:1].expand(slots - len(rows))])
+        keys = DrawKeys(
+            seed=torch.tensor([request.seed], device=rows.device),
+            image_ids=request.image_ids[filled],
+            positions=torch.zeros(slots, dtype=torch.int64, device=rows.device),
+        )
+        num_guided = request.params.num_guided(shape.num_image_tokens)
+        cache = self._start_wave(request, filled)
+        draws: list[Draw] = []
+        for position in range(shape.num_image_tokens):
+            is_guided = position < num_guided
+            if position == 0:
+                cond, uncond = self._first_hidden(request, filled)
+            else:
+                hidden = self._decode(cache, draws[-1].token_ids, position, is_guided)
+                cond, uncond = (hidden[:slots], hidden[slots:]) if is_guided else (hidden, None)
+            draws.append(self._sample(request, cond, uncond, keys, position))
+        return _collect(request, rows, draws)
+
+    def _start_wave(self, request: _Request, rows: Tensor) -> WaveCache:
+        """The cache with the prefixes of this wave in place."""
+        slots, policy = self.num_slots, self._policy
+        wanted = 2 * slots if request.uncond_prefix is not None else slots
+        if self._cache is None or self._cache.num_rows < wanted:
+            weight = policy.head_weight
+            dtype = cache_dtype(weight.dtype, weight.device)
+            self._cache = WaveCache(policy.shape, wanted, dtype, weight.device)
+        self._cache.write_prefix(slice(0, slots), request.cond_prefix, rows)
+        if request.uncond_prefix is not None:
+            self._cache.write_prefix(slice(slots, 2 * slots), request.uncond_prefix, rows)
+        return self._cache
+
+    def _first_hidden(self, request: _Request, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        cond, uncond = request.cond_prefix, request.uncond_prefix
+        first = cond.last_hidden[cond.index[rows]]
+        return first, None if uncond is None else uncond.last_hidden[uncond.index[rows]]
+
+    def _decode(
+        self, cache: WaveCache, token_ids: Tensor, position: int, is_guided: bool
+    ) -> Tensor:
+        """Feed the last token of every slot; both branches of a slot feed the same one."""
+        policy = self._policy
+        x = policy.token_embedding(token_ids)[:, None]
+        if is_guided:
+            x = torch.cat([x, x])
+        at = policy.shape.prefix_len + position - 1
+        attend = cache.attend(len(x), position, policy.rotary[at : at + 1])
+        return policy.trunk(x, attend)[:, 0]
+
+    def _sample(
+        self,
+        request: _Request,
+        cond: Tensor,
+        uncond: Tensor | None,
+        keys: DrawKeys,
+        position: int,
+    ) -> Draw:
+        params = request.params
+        scalars = torch.tensor(
+            [params.guidance_scale, params.temperature, params.top_k, params.top_p],
+            device=cond.device,
+        )
+        return guided_sample(
+            cond,
+            uncond,
+            self._policy.head_weight,
+            keys._replace(positions=torch.full_like(keys.positions, position)),
+            DrawSettings(scalars, params.is_filtered),
+            cond_logprobs=request.wants_cond_logprobs,
+            support=request.wants_support,
+        )
+
+    def _slots_in(self, kv_bytes: int) -> int:
+        weight = self._policy.head_weight
+        dtype = cache_dtype(weight.dtype, weight.device)
+        one = slot_bytes(self._policy.shape, dtype, num_branches=2)
+        if kv_bytes < one:
+            raise ValueError(
+                f"kv_bytes: expected at least {one} for one guided image, got {kv_bytes}"
+            )
+        return kv_bytes // one
+
+
+def _collect(request: _Request, rows: Tensor, draws: list[Draw]) -> Rollout:
+    """The draws of all positions as one record, without the empty slots."""
+    n = len(rows)
+
+    def stacked(parts: list[Tensor | None]) -> Tensor | None:
+        present = [part[:n] for part in parts if part is not None]
+        return torch.stack(present, dim=1) if present else None
+
+    return Rollout(
+        token_ids=torch.stack([draw.token_ids[:n] for draw in draws], dim=1),
+        logprobs=torch.stack([draw.logprobs[:n] for draw in draws], dim=1),
+        cond_logprobs=stacked([draw.cond_logprobs for draw in draws]),
+        entropies=torch.stack([draw.entropies[:n] for draw in draws], dim=1),
+        support=stacked([draw.support for draw in draws]),
+        conditions=select(request.conditions, rows),
+        params=request.params,
+        seed=request.seed,
+        image_ids=request.image_ids[rows],
+    )
