@@ -46,9 +46,11 @@ test: $(STAMP)
 	exit $$status
 
 lint: $(STAMP) links
-	@$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p argrpo
+	@status=0
+	$(BIN)/ruff check . || status=1
+	$(BIN)/ruff format --check . || status=1
+	$(BIN)/mypy -p argrpo || status=1
+	exit $$status
 
 # kernels/ and engine/ are mapped by setup.py, which static tools do not run: they read this view.
 links:
