@@ -51,7 +51,7 @@ class DistinctConditions(NamedTuple):
     index: Tensor  # [N] int64 into them
 
 
-def num_rows(conditions: Conditions) -> int:
+def num_images(conditions: Conditions) -> int:
     """How many images the conditions describe."""
     if isinstance(conditions, TextFeatures):
         return len(conditions.rows)

@@ -14,30 +14,27 @@ from argrpo.engine.attention import rotate
 from argrpo.engine.policy import PolicyShape
 from argrpo.engine.prefix import PrefixStates
 
+# Keys, values and scores are fp32 whatever the weights are: without a kernel that accumulates in
+# fp32, half-precision scores would be rounded, and on a CPU half-precision products are slower.
+_DTYPE = torch.float32
 
-def cache_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU, where half-precision attention is slower and coarser; else the weights'."""
-    return torch.float32 if device.type == "cpu" else weights
 
-
-def slot_bytes(shape: PolicyShape, dtype: torch.dtype, num_branches: int) -> int:
+def slot_bytes(shape: PolicyShape, num_branches: int) -> int:
     """Bytes of keys and values that one image needs."""
     entries = shape.num_layers * shape.num_heads * shape.num_image_tokens * shape.head_dim
-    return 2 * num_branches * entries * dtype.itemsize
+    return 2 * num_branches * entries * _DTYPE.itemsize
 
 
 class WaveCache:
     """Keys and values of R rows: the conditional rows first, then the unconditional ones."""
 
-    def __init__(
-        self, shape: PolicyShape, num_rows: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shape: PolicyShape, num_rows: int, device: torch.device) -> None:
         size = (shape.num_layers, num_rows, shape.num_heads, shape.num_image_tokens, shape.head_dim)
-        self.keys = torch.zeros(size, dtype=dtype, device=device)
-        self.values = torch.zeros(size, dtype=dtype, device=device)
+        self.keys = torch.zeros(size, dtype=_DTYPE, device=device)
+        self.values = torch.zeros(size, dtype=_DTYPE, device=device)
         # Entry 0 scores log(count), so that it weighs as much as the whole prefix. One position
         # scores 0 and needs no bias.
-        self.log_counts = torch.zeros(num_rows, dtype=torch.float32, device=device)
+        self.log_counts = torch.zeros(num_rows, dtype=_DTYPE, device=device)
         self.has_long_prefix = shape.prefix_len > 1
 
     @property
@@ -64,7 +61,11 @@ class WaveCache:
 
 
 class WaveAttend:
-    """One query a row against the filled part of its cache."""
+    """One query a row against the filled part of its cache.
+
+    Batched products instead of the fused attention of the library, whose CPU form gives a row
+    other bits at another place in the batch; these do not, and they are no slower at one query.
+    """
 
     def __init__(self, cache: WaveCache, num_rows: int, entry: int, rotary: Tensor) -> None:
         self._keys = cache.keys[:, :num_rows]
@@ -73,17 +74,23 @@ class WaveAttend:
         self._rotary = rotary
         self._bias: Tensor | None = None
         if cache.has_long_prefix:
-            log_counts = cache.log_counts[:num_rows, None, None, None].to(cache.keys.dtype)
-            self._bias = F.pad(log_counts, (0, entry))
+            num_heads = self._keys.shape[2]
+            log_counts = cache.log_counts[:num_rows].repeat_interleave(num_heads)
+            self._bias = F.pad(log_counts[:, None, None], (0, entry))
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """[R, 1, 3, H, D] -> [R, 1, H * D]."""
-        q, k = rotate(qkv[:, :, :2], self._rotary).transpose(1, 3).unbind(2)
+        q, k = rotate(qkv[:, :, :2], self._rotary)[:, 0].unbind(1)
         keys, values = self._keys[layer], self._values[layer]
-        keys[:, :, self._entry] = k[:, :, 0]
+        keys[:, :, self._entry] = k
         values[:, :, self._entry] = qkv[:, 0, 2]
-        filled = self._entry + 1
-        out = F.scaled_dot_product_attention(
-            q.to(keys.dtype), keys[:, :, :filled], values[:, :, :filled], attn_mask=self._bias
-        )
-        return out.transpose(1, 2).flatten(2).to(qkv.dtype)
+        # [R * H, entries, D] views: a slot's heads follow each other, so nothing is copied.
+        filled_keys = keys.flatten(0, 1)[:, : self._entry + 1].transpose(1, 2)
+        filled_values = values.flatten(0, 1)[:, : self._entry + 1]
+        query = q.flatten(0, 1)[:, None].to(_DTYPE) * q.shape[-1] ** -0.5
+        if self._bias is None:
+            scores = torch.bmm(query, filled_keys)
+        else:
+            scores = torch.baddbmm(self._bias, query, filled_keys)
+        out = torch.bmm(scores.softmax(dim=-1), filled_values)
+        return out.view(len(qkv), 1, -1).to(qkv.dtype)

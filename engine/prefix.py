@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from argrpo.engine.attention import PrefixAttend
-from argrpo.engine.conditions import Conditions, distinct, num_rows, select
+from argrpo.engine.conditions import Conditions, distinct, num_images, select
 from argrpo.engine.policy import Policy
 
 # Conditions per forward pass, short batches filled up: library products round a row differently
@@ -42,7 +42,7 @@ def collapse_prefixes(policy: Policy, conditions: Conditions) -> PrefixStates:
         conditions: N labels or text features.
     """
     prompts, index = distinct(conditions)
-    num_prompts = num_rows(prompts)
+    num_prompts = num_images(prompts)
     order = torch.arange(num_prompts, device=index.device)
     parts = [_collapse_batch(policy, prompts, rows) for rows in order.split(_PREFIX_BATCH)]
     return PrefixStates(

@@ -11,13 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from argrpo.engine.conditions import Conditions, moved_to, num_rows, select
-from argrpo.engine.kv_cache import WaveCache, cache_dtype, slot_bytes
+from argrpo.engine.conditions import Conditions, moved_to, num_images, select
+from argrpo.engine.kv_cache import WaveCache, slot_bytes
 from argrpo.engine.policy import Policy
 from argrpo.engine.prefix import PrefixStates, collapse_prefixes, has_zero_rotary_prefix
 from argrpo.engine.rollout import Rollout, concatenate, empty
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.kernels.guided_sampling import Draw, DrawKeys, DrawSettings, guided_sample
+
+# Rows of a wave come in multiples of this: a library product rounds the rows of a whole tile
+# alike and may round those of a broken one differently (MKL fp32: exact for every multiple of 4).
+_ROW_TILE = 4
 
 # Images a wave with deterministic=True: library products of one shape round one way, so a fixed
 # wave gives the same bits whatever max_slots is.
@@ -29,6 +33,7 @@ class _Request(NamedTuple):
 
     conditions: Conditions
     params: SamplingParams
+    settings: DrawSettings
     seed: int
     image_ids: Tensor  # [N] int64
     cond_prefix: PrefixStates
@@ -76,12 +81,15 @@ class RolloutEngine:
             )
         self._policy = policy
         wave = _DETERMINISTIC_WAVE if deterministic else max_slots
-        self.num_slots = wave if kv_bytes is None else min(wave, self._slots_in(kv_bytes))
-        if deterministic and self.num_slots < wave:
+        self._num_rows = -(-wave // _ROW_TILE) * _ROW_TILE
+        if kv_bytes is not None:
+            self._num_rows = min(self._num_rows, self._rows_in(kv_bytes))
+        if deterministic and self._num_rows < wave:
             raise ValueError(
                 f"kv_bytes: expected room for {wave} images with deterministic=True, "
-                f"got {kv_bytes} bytes, which hold {self.num_slots}"
+                f"got {kv_bytes} bytes, which hold {self._num_rows}"
             )
+        self.num_slots = min(wave, self._num_rows)
         self._cache: WaveCache | None = None
 
     def draw(
@@ -145,7 +153,7 @@ class RolloutEngine:
         )
         if request is None:
             return
-        order = torch.arange(num_rows(conditions), device=request.image_ids.device)
+        order = torch.arange(num_images(conditions), device=request.image_ids.device)
         for rows in order.split(self.num_slots):
             yield self._draw_wave(request, rows)
 
@@ -162,17 +170,17 @@ class RolloutEngine:
         policy = self._policy
         policy.check_conditions(conditions)
         device = policy.head_weight.device
-        ids = torch.arange(num_rows(conditions)) if image_ids is None else image_ids
-        if ids.dtype != torch.int64 or ids.shape != (num_rows(conditions),):
+        ids = torch.arange(num_images(conditions)) if image_ids is None else image_ids
+        if ids.dtype != torch.int64 or ids.shape != (num_images(conditions),):
             raise ValueError(
-                f"image_ids: expected int64 of shape [{num_rows(conditions)}], "
+                f"image_ids: expected int64 of shape [{num_images(conditions)}], "
                 f"got {ids.dtype} {list(ids.shape)}"
             )
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected a signed 64-bit integer, got {seed}")
         if wants_cond_logprobs and params.temperature == 0:
             raise ValueError("cond_logprobs: expected a temperature above 0, got a greedy draw")
-        if not num_rows(conditions):
+        if not num_images(conditions):
             return None
         conditions = moved_to(conditions, device)
         uncond = None
@@ -181,6 +189,7 @@ class RolloutEngine:
         return _Request(
             conditions=conditions,
             params=params,
+            settings=_settings(params, device),
             seed=seed,
             image_ids=ids.to(device),
             cond_prefix=collapse_prefixes(policy, conditions),
@@ -192,14 +201,14 @@ class RolloutEngine:
     @torch.no_grad()
     def _draw_wave(self, request: _Request, rows: Tensor) -> Rollout:
         """Draw the images of some rows, all positions in lockstep."""
-        shape, slots = self._policy.shape, self.num_slots
-        # The engine always runs all its slots, because the row count of a library product decides
-        # how it rounds; empty slots repeat the first row and are dropped.
-        filled = torch.cat([rows, rows[:1].expand(slots - len(rows))])
+        shape, num_rows = self._policy.shape, self._num_rows
+        # The engine always runs all its rows, because the row count of a library product decides
+        # how it rounds; empty ones repeat the first row and are dropped.
+        filled = torch.cat([rows, rows[:1].expand(num_rows - len(rows))])
         keys = DrawKeys(
             seed=torch.tensor([request.seed], device=rows.device),
             image_ids=request.image_ids[filled],
-            positions=torch.zeros(slots, dtype=torch.int64, device=rows.device),
+            positions=torch.zeros(num_rows, dtype=torch.int64, device=rows.device),
         )
         num_guided = request.params.num_guided(shape.num_image_tokens)
         cache = self._start_wave(request, filled)
@@ -210,21 +219,19 @@ class RolloutEngine:
                 cond, uncond = self._first_hidden(request, filled)
             else:
                 hidden = self._decode(cache, draws[-1].token_ids, position, is_guided)
-                cond, uncond = (hidden[:slots], hidden[slots:]) if is_guided else (hidden, None)
+                cond, uncond = hidden[:num_rows], hidden[num_rows:] if is_guided else None
             draws.append(self._sample(request, cond, uncond, keys, position))
         return _collect(request, rows, draws)
 
     def _start_wave(self, request: _Request, rows: Tensor) -> WaveCache:
         """The cache with the prefixes of this wave in place."""
-        slots, policy = self.num_slots, self._policy
-        wanted = 2 * slots if request.uncond_prefix is not None else slots
+        num_rows, policy = self._num_rows, self._policy
+        wanted = 2 * num_rows if request.uncond_prefix is not None else num_rows
         if self._cache is None or self._cache.num_rows < wanted:
-            weight = policy.head_weight
-            dtype = cache_dtype(weight.dtype, weight.device)
-            self._cache = WaveCache(policy.shape, wanted, dtype, weight.device)
-        self._cache.write_prefix(slice(0, slots), request.cond_prefix, rows)
+            self._cache = WaveCache(policy.shape, wanted, policy.head_weight.device)
+        self._cache.write_prefix(slice(0, num_rows), request.cond_prefix, rows)
         if request.uncond_prefix is not None:
-            self._cache.write_prefix(slice(slots, 2 * slots), request.uncond_prefix, rows)
+            self._cache.write_prefix(slice(num_rows, 2 * num_rows), request.uncond_prefix, rows)
         return self._cache
 
     def _first_hidden(self, request: _Request, rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -252,30 +259,29 @@ class RolloutEngine:
         keys: DrawKeys,
         position: int,
     ) -> Draw:
-        params = request.params
-        scalars = torch.tensor(
-            [params.guidance_scale, params.temperature, params.top_k, params.top_p],
-            device=cond.device,
-        )
         return guided_sample(
             cond,
             uncond,
             self._policy.head_weight,
             keys._replace(positions=torch.full_like(keys.positions, position)),
-            DrawSettings(scalars, params.is_filtered),
+            request.settings,
             cond_logprobs=request.wants_cond_logprobs,
             support=request.wants_support,
         )
 
-    def _slots_in(self, kv_bytes: int) -> int:
-        weight = self._policy.head_weight
-        dtype = cache_dtype(weight.dtype, weight.device)
-        one = slot_bytes(self._policy.shape, dtype, num_branches=2)
+    def _rows_in(self, kv_bytes: int) -> int:
+        one = slot_bytes(self._policy.shape, num_branches=2)
         if kv_bytes < one:
             raise ValueError(
                 f"kv_bytes: expected at least {one} for one guided image, got {kv_bytes}"
             )
-        return kv_bytes // one
+        fitting = kv_bytes // one
+        return fitting // _ROW_TILE * _ROW_TILE or fitting
+
+
+def _settings(params: SamplingParams, device: torch.device) -> DrawSettings:
+    scalars = [params.guidance_scale, params.temperature, params.top_k, params.top_p]
+    return DrawSettings(torch.tensor(scalars, device=device), params.is_filtered)
 
 
 def _collect(request: _Request, rows: Tensor, draws: list[Draw]) -> Rollout:
