@@ -11,8 +11,9 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 # Tried in this order; name your own with `make test PYTHON=/path/to/python3.12`.
 PYTHON  := python3.14 python3.13 python3.12 python3.11 python3
+# What stays in the environment, and what pip downloads before it unpacks.
 DISK_GB := 7
-TEMP_GB := 4
+TEMP_GB := 3
 # Prints major.minor; fails where argrpo would not run.
 define SUPPORTED
 from sys import version_info as v; print("%d.%d" % v[:2]); exit(not (3, 11) <= v[:2] <= (3, 14))
@@ -88,8 +89,11 @@ $(STAMP): setup.py
 	[ "$$(uname -s)" = Linux ] ||
 	    stop "needs Linux, found $$(uname -s): Triton is built for Linux only (WSL2 will do)"
 	if ! $(BIN)/python -I -m pip --version >/dev/null 2>&1; then
-	    room . $(DISK_GB) "free some, or clone to a larger disk"
-	    room "$${TMPDIR:-/tmp}" $(TEMP_GB) "name a larger folder: TMPDIR=/path make ..."
+	    temp=$${TMPDIR:-/tmp}
+	    need=$(DISK_GB)
+	    if [ "$$(stat -c %d .)" = "$$(stat -c %d "$$temp")" ]; then need=$$((need + $(TEMP_GB))); fi
+	    room . $$need "free some, or clone to a larger disk"
+	    room "$$temp" $(TEMP_GB) "name a larger folder: TMPDIR=/path make ..."
 	    chosen= bare=
 	    for python in $(PYTHON); do
 	        # Run it, not only look for it: version managers leave names on PATH that do not start.

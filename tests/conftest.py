@@ -37,9 +37,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() and not _interpreted():
+    if not torch.cuda.is_available():
+        reason = "needs a CUDA GPU, found none"
+    elif _interpreted():
+        reason = "needs a CUDA GPU, but Triton's interpreter is on"
+    else:
         return
-    reason = "Triton's interpreter is on" if _interpreted() else "needs a CUDA GPU, found none"
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
