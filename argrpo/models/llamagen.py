@@ -9,7 +9,9 @@ Shapes: N images, P prefix positions, T image tokens, S positions, D width, V co
 Source: Sun et al., arXiv:2406.06525; FoundationVision/LlamaGen at ce98ec4.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +113,7 @@ class LlamaGen(nn.Module):
     def head_weight(self) -> Tensor:
         return self.output.weight
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(bfloat16)` must not round the rotary table, whose angles reach the grid size.
         table = self.rotary
         super()._apply(fn, recurse)
