@@ -43,7 +43,7 @@ def to_uint8(images: Tensor, rule: str = "llamagen") -> Tensor:
     raise ValueError(f"pixels: expected llamagen, truncate or round, got {rule!r}")
 
 
-def as_seen(images: Tensor, rule: str) -> Tensor:
+def seen_by_judges(images: Tensor, rule: str) -> Tensor:
     """What a reward sees of decoded images under a pixel rule.
 
     Args:
@@ -59,3 +59,15 @@ def as_seen(images: Tensor, rule: str) -> Tensor:
     if rule not in PIXEL_RULES:
         raise ValueError(f"pixels: expected one of {', '.join(PIXEL_RULES)}, got {rule!r}")
     return images if rule == "float" else to_uint8(images, rule).float() / 255.0
+
+
+def seen_by_judges(images: Tensor, rule: str) -> Tensor:
+    """What judges get: the decoder's floats, or floats that went through the 8 bits of a file.
+
+    Args:
+        images: [..., H, W] floating point in [0, 1].
+        rule: "float", or a rule of `to_uint8`.
+    """
+    if rule == "float":
+        return images
+    return to_uint8(images, rule).to(images.dtype) / 255.0

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from argrpo.pixels import PIXEL_RULES, as_seen, to_uint8
+from argrpo.pixels import PIXEL_RULES, seen_by_judges, to_uint8
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vq_tokenizer" / "expected.safetensors"
 
@@ -55,14 +55,14 @@ def test_eight_bit_levels_survive_every_rule() -> None:
 def test_rewards_see_the_levels_of_the_file() -> None:
     images = torch.rand((2, 3, 4, 4), generator=torch.Generator().manual_seed(0))
     for rule in PIXEL_RULES[:-1]:
-        assert torch.equal(as_seen(images, rule), to_uint8(images, rule).float() / 255.0)
-    assert torch.equal(as_seen(images, "float"), images)
+        assert torch.equal(seen_by_judges(images, rule), to_uint8(images, rule).float() / 255.0)
+    assert torch.equal(seen_by_judges(images, "float"), images)
 
 
 def test_unknown_rules_and_integers_are_refused_by_name() -> None:
     images = torch.zeros(1, 3, 2, 2)
     with pytest.raises(ValueError, match=r"pixels: expected one of .*, got 'floor'"):
-        as_seen(images, "floor")
+        seen_by_judges(images, "floor")
     with pytest.raises(ValueError, match="pixels: expected llamagen, truncate or round"):
         to_uint8(images, "float")
     with pytest.raises(ValueError, match="images: expected floating point"):
