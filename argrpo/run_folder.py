@@ -1,0 +1,159 @@
+"""The folder of a run: what lies where, and writing a file whole or not at all.
+
+config.yaml  metrics.jsonl  environment.json  samples/step_000100.png
+checkpoints/step_000100/    evaluation.json   report.html
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class StorageError(RuntimeError):
+    """The disk would not take a file: full, read-only or not permitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of one run. Making the record touches no disk; `create` does."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path) -> "RunFolder":
+        """A folder for a new run, made where it does not stand yet.
+
+        Raises:
+            ValueError: the folder holds another run, is a file, or cannot be written.
+        """
+        folder = cls(Path(path).expanduser())
+        if folder.holds_run:
+            raise ValueError(
+                f"output_dir: expected a folder without a run, got {folder.path}, which holds one; "
+                "choose another, or remove it"
+            )
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            # Asked of the disk, because permission bits say nothing to root or on a read-only mount
+            probe = folder.path / f".writable.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f"output_dir: expected a folder, got {path}, which is or lies under a file; "
+                "choose another"
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: expected a folder that can be written, got {path} "
+                f"({_reason(error)}); choose another"
+            ) from error
+        return folder
+
+    @classmethod
+    def numbered(cls, path: str | Path) -> "RunFolder":
+        """As `create`, but path-2, path-3, ... where a folder of that name is taken.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        first = Path(path)
+        wanted, number = first, 1
+        while wanted.exists():
+            number += 1
+            wanted = first.with_name(f"{first.name}-{number}")
+        return cls.create(wanted)
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config_path.exists() or self.metrics_path.exists()
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def environment_path(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def evaluation_path(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def samples_path(self) -> Path:
+        """The folder of the grids."""
+        return self.path / "samples"
+
+    def samples(self, step: int) -> Path:
+        """The grid drawn after a step; 0 is the policy before training."""
+        return self.samples_path / f"step_{step:06d}.png"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the policy after a step."""
+        return self.path / "checkpoints" / f"step_{step:06d}"
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder if nothing was left in it, as when a run was refused at its start."""
+        with suppress(OSError):
+            self.path.rmdir()
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Args:
+        path: the file; its folder is made where needed, and a file that stands is replaced.
+        write: writes the file that it is given, a hidden sibling of `path` with the same suffix.
+
+    Raises:
+        StorageError: the disk is full or refused; neither file is left behind.
+    """
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        _flush_to_disk(part)
+        os.replace(part, path)
+        _flush_to_disk(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """One line about a file that could not be written, with what to do."""
+    if error.errno in _FULL:
+        return StorageError(
+            f"{path}: expected room for a file, got a full disk ({_reason(error)}); nothing was "
+            "left half-written. Free some space or choose another output_dir"
+        )
+    return StorageError(f"{path}: expected a file that can be written, got {_reason(error)}")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,191 @@
+"""Who is told about a run as it goes: files, dashboards, the terminal. All behind one protocol."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from argrpo.config import TrainConfig
+from argrpo.environment import environment
+from argrpo.progress import ProgressTracker
+from argrpo.run_folder import RunFolder, storage_error, write_atomically
+
+_PROJECT = "argrpo"
+
+
+class Tracker(Protocol):
+    """Told about a run. A step is one rollout iteration, counted from 1; 0 is before training."""
+
+    def start(self, config: TrainConfig, folder: RunFolder) -> None: ...
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A PNG file that was written after a step."""
+        ...
+
+    def close(self) -> None:
+        """The run is over, finished or not. Called once."""
+        ...
+
+
+def make_trackers(config: TrainConfig, *, progress: bool) -> list[Tracker]:
+    """The trackers that a config asks for; the one of files always comes first.
+
+    Args:
+        config: the run.
+        progress: also show how far it is, on the terminal.
+
+    Raises:
+        ValueError: a tracker's package is not installed.
+    """
+    made = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker, "trackio": TrackioTracker}
+    asked: Sequence[Tracker] = [made[name]() for name in config.output.trackers]
+    shown = [ProgressTracker()] if progress else []
+    return [JsonLinesTracker(), *asked, *shown]
+
+
+class JsonLinesTracker:
+    """metrics.jsonl, one object a step, and environment.json.
+
+    A value that is not finite becomes null, which every reader of JSON understands.
+    """
+
+    def __init__(self) -> None:
+        self._file: FileIO | None = None
+        self._path = Path()
+
+    def start(self, config: TrainConfig, folder: RunFolder) -> None:
+        text = json.dumps(environment(), indent=2) + "\n"
+        write_atomically(folder.environment_path, lambda part: part.write_text(text))
+        self._path = folder.metrics_path
+        self._file = self._path.open("ab", buffering=0)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if self._file is None:
+            raise RuntimeError("metrics.jsonl: expected start() before log()")
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = json.dumps({"step": step, **values}) + "\n"
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            _write_all(self._file, line.encode())
+        except OSError as error:
+            # A reader of the file must never meet half a line.
+            self._file.truncate(before)
+            raise storage_error(self._path, error) from error
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """The file lies in the run folder already."""
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class TensorBoardTracker:
+    """Event files in the run folder, for `tensorboard --logdir`.
+
+    Raises:
+        ValueError: tensorboard is not installed.
+    """
+
+    def __init__(self) -> None:
+        _package("tensorboard", "tensorboard")
+        self._writer: Any = None
+
+    def start(self, config: TrainConfig, folder: RunFolder) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder.path))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as picture:
+            self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandbTracker:
+    """A run on Weights & Biases, or offline where wandb is set so.
+
+    Raises:
+        ValueError: wandb is not installed.
+    """
+
+    def __init__(self) -> None:
+        self._wandb = _package("wandb", "argrpo[track]")
+
+    def start(self, config: TrainConfig, folder: RunFolder) -> None:
+        settings = dataclasses.asdict(config)
+        name = folder.path.name
+        self._wandb.init(project=_PROJECT, name=name, config=settings, dir=str(folder.path))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._wandb.log(metrics, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self._wandb.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._wandb.finish()
+
+
+class TrackioTracker:
+    """A run in trackio's local data base.
+
+    Raises:
+        ValueError: trackio is not installed.
+    """
+
+    def __init__(self) -> None:
+        self._trackio = _package("trackio", "argrpo[track]")
+
+    def start(self, config: TrainConfig, folder: RunFolder) -> None:
+        settings = dataclasses.asdict(config)
+        self._trackio.init(project=_PROJECT, name=folder.path.name, config=settings)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._trackio.log(metrics, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self._trackio.log({name: self._trackio.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+def _package(name: str, requirement: str) -> Any:
+    """A module that only this tracker needs; Any, because it need not be installed to type-check.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"output.trackers: expected {name} to be installed, got no module {error.name}; "
+            f"pip install '{requirement}', or leave it out"
+        ) from error
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    # An unbuffered write may take a part only, as on a disk that fills up.
+    while data:
+        data = data[file.write(data) :]
