@@ -44,30 +44,18 @@ def to_uint8(images: Tensor, rule: str = "llamagen") -> Tensor:
 
 
 def seen_by_judges(images: Tensor, rule: str) -> Tensor:
-    """What a reward sees of decoded images under a pixel rule.
+    """What judges get: the decoder's floats, or floats that went through the 8 bits of a file.
 
     Args:
         images: [..., H, W] floating point in [0, 1].
         rule: one of `PIXEL_RULES`; "float" gives the images back.
 
     Returns:
-        fp32 of the same shape, in [0, 1]: 8-bit levels over 255, except for "float".
+        [..., H, W] in [0, 1], in the dtype of `images`.
 
     Raises:
         ValueError: the rule is none of these.
     """
     if rule not in PIXEL_RULES:
         raise ValueError(f"pixels: expected one of {', '.join(PIXEL_RULES)}, got {rule!r}")
-    return images if rule == "float" else to_uint8(images, rule).float() / 255.0
-
-
-def seen_by_judges(images: Tensor, rule: str) -> Tensor:
-    """What judges get: the decoder's floats, or floats that went through the 8 bits of a file.
-
-    Args:
-        images: [..., H, W] floating point in [0, 1].
-        rule: "float", or a rule of `to_uint8`.
-    """
-    if rule == "float":
-        return images
-    return to_uint8(images, rule).to(images.dtype) / 255.0
+    return images if rule == "float" else to_uint8(images, rule).to(images.dtype) / 255.0
