@@ -18,13 +18,15 @@ core's L2, but no fewer than 256 rows, below which the GEMM slows down.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from argrpo.kernels.guided_sampling import head_logits
-from argrpo.kernels.row_softmax import Rows, RowScores, row_gradient_, row_scores
+from argrpo.kernels.row_softmax import row_gradient_, row_scores
+from argrpo.kernels.rows import Rows, RowScores
 
 _GPU_LOGITS = 8 * 1024 * 1024  # fp32 logits of one chunk
 _GPU_PARTS = 4  # chunks of logits in one chunk of d logits
@@ -42,6 +44,63 @@ class RowScales(NamedTuple):
 
 # (rows of this chunk, their logits, which it leaves as they are) -> their scales
 ScaleRows: TypeAlias = Callable[[slice, Tensor], RowScales]
+
+
+class HeadScores(torch.autograd.Function):
+    """Log-probs and entropies of rows; the logits are made again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        token_ids: Tensor,
+        temperature: float,
+        support: Tensor | None,
+        weight_grad: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        scores = chunked_scores(hidden, head_weight, Rows(token_ids, temperature, support))
+        ctx.save_for_backward(hidden, head_weight, token_ids, support, *scores)
+        ctx.temperature = temperature
+        ctx.weight_grad = weight_grad
+        # An output that the loss does not use costs nothing in the backward pass.
+        ctx.set_materialize_grads(False)
+        return scores.logprobs, scores.entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dlogprobs: Tensor | None, dentropies: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        if dlogprobs is None and dentropies is None:
+            return None, None, None, None, None, None
+        hidden, head_weight, token_ids, support, *saved = ctx.saved_tensors
+        scores = RowScores(*saved)
+        if dlogprobs is None:
+            dlogprobs = torch.zeros_like(scores.logprobs)
+        # A loss that is a mean sends one number with strides of 0.
+        dlogprobs = dlogprobs.contiguous()
+        dentropies = None if dentropies is None else dentropies.contiguous()
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dweight = None
+        if wants_weight:
+            dweight = fp32_zeros(head_weight) if ctx.weight_grad is None else ctx.weight_grad
+
+        def scale_rows(chunk: slice, logits: Tensor) -> RowScales:
+            of_entropy = None if dentropies is None else dentropies[chunk]
+            return RowScales(scores.part(chunk), dlogprobs[chunk], of_entropy)
+
+        rows = Rows(token_ids, ctx.temperature, support)
+        chunked_gradients(hidden, head_weight, rows, scale_rows, dhidden=dhidden, dweight=dweight)
+        if dweight is not None:
+            dweight = dweight.to(head_weight.dtype) if ctx.weight_grad is None else None
+        return dhidden, dweight, None, None, None, None
+
+
+def fp32_zeros(weight: Tensor) -> Tensor:
+    """What a weight's gradient is summed in."""
+    return torch.zeros_like(weight, dtype=torch.float32)
 
 
 def chunked_scores(hidden: Tensor, head_weight: Tensor, rows: Rows) -> RowScores:

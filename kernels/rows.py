@@ -1,0 +1,49 @@
+"""The records that the row kernels of the head take and give. M rows, V codebook entries."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from argrpo.kernels._checks import expect
+from argrpo.kernels.guided_sampling import unpack_support
+
+
+class Rows(NamedTuple):
+    """Tokens to be scored, one for each of M rows."""
+
+    token_ids: Tensor  # [M] int64
+    temperature: float
+    support: Tensor | None  # [M, ceil(V / 8)] uint8; the given token always counts
+
+    def part(self, rows: slice) -> "Rows":
+        support = None if self.support is None else self.support[rows]
+        return Rows(self.token_ids[rows], self.temperature, support)
+
+    def check(self, num_rows: int, vocab_size: int) -> None:
+        """ValueError by name if these rows do not fit [num_rows, vocab_size] logits."""
+        expect("token_ids", self.token_ids, (num_rows,), (torch.int64,))
+        if self.support is not None:
+            expect("support", self.support, (num_rows, (vocab_size + 7) // 8), (torch.uint8,))
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+
+    def scale_(self, logits: Tensor) -> Tensor:
+        """Divide logits [M, V] by the temperature and put -inf outside the support."""
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        if self.support is not None:
+            kept = unpack_support(self.support, logits.shape[1])
+            logits.masked_fill_(~kept.scatter_(1, self.token_ids[:, None], True), -torch.inf)
+        return logits
+
+
+class RowScores(NamedTuple):
+    """What M rows of logits say of their tokens."""
+
+    logprobs: Tensor  # [M] fp32
+    entropies: Tensor  # [M] fp32, nats
+    normalisers: Tensor  # [M] fp32, log of the sum of exp(logits / temperature)
+
+    def part(self, rows: slice) -> "RowScores":
+        return RowScores(self.logprobs[rows], self.entropies[rows], self.normalisers[rows])
