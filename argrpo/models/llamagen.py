@@ -9,9 +9,7 @@ Shapes: N images, P prefix positions, T image tokens, S positions, D width, V co
 Source: Sun et al., arXiv:2406.06525; FoundationVision/LlamaGen at ce98ec4.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +79,10 @@ class LlamaGenConfig:
 class LlamaGen(nn.Module):
     """A LlamaGen policy. See `argrpo.load_policy` for weights from disk."""
 
-    rotary: Tensor
-
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
+        self._rotary = rotary_table(config)
         self.cls_embedding = (
             LabelEmbedding(config.num_classes, config.dim)
             if config.model_type == "c2i"
@@ -95,7 +92,6 @@ class LlamaGen(nn.Module):
         self.layers = nn.ModuleList(_Layer(config, i) for i in range(config.num_layers))
         self.norm = _RMSNorm(config)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_buffer("rotary", rotary_table(config), persistent=False)
         self.apply(_init_weights)
 
     @property
@@ -113,12 +109,16 @@ class LlamaGen(nn.Module):
     def head_weight(self) -> Tensor:
         return self.output.weight
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to(bfloat16)` must not round the rotary table, whose angles reach the grid size.
-        table = self.rotary
-        super()._apply(fn, recurse)
-        self.rotary = table.to(self.rotary.device)
-        return self
+    @property
+    def rotary(self) -> Tensor:
+        """[P + T, head_dim / 2, 2] fp32 cosines and sines, where the weights are.
+
+        No buffer: `.to(bfloat16)` would round its angles, which reach the grid size, and a module
+        that was built on the meta device would have none.
+        """
+        if self._rotary.device != self.head_weight.device:
+            self._rotary = rotary_table(self.config).to(self.head_weight.device)
+        return self._rotary
 
     def check_conditions(self, conditions: Conditions) -> None:
         """ValueError by name if the conditions do not fit this model."""
@@ -304,10 +304,10 @@ def rotary_table(config: LlamaGenConfig) -> Tensor:
     The first half of a head's pairs turns with the row, the second half with the column.
     """
     num_frequencies = config.head_dim // 4
-    exponents = torch.arange(num_frequencies, dtype=torch.float32) / num_frequencies
-    angles = torch.outer(
-        torch.arange(config.grid_size, dtype=torch.float32), 1.0 / config.rope_base**exponents
-    )
+    # On the CPU whatever the default device is, so that every device has the same bits.
+    exponents = torch.arange(num_frequencies, dtype=torch.float32, device="cpu") / num_frequencies
+    places = torch.arange(config.grid_size, dtype=torch.float32, device="cpu")
+    angles = torch.outer(places, 1.0 / config.rope_base**exponents)
     rows = angles[:, None, :].expand(-1, config.grid_size, -1)
     columns = angles[None, :, :].expand(config.grid_size, -1, -1)
     grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)
