@@ -26,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     only_kernels = all(path.is_relative_to(KERNEL_TESTS) for path in named)
     if only_kernels and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # The tests' tensors are tiny: more threads wait for each other, on a busy machine for seconds.
+    torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
