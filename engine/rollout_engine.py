@@ -147,15 +147,18 @@ class RolloutEngine:
         cond_logprobs: bool = False,
         support: bool = False,
     ) -> Iterator[Rollout]:
-        """As `draw`, but yields rollouts of images as they finish, in order of their rows."""
+        """As `draw`, but yields rollouts of images as they finish, in order of their rows.
+
+        The conditions are checked, and their prefixes computed, at the call: take all rollouts
+        before the weights change.
+        """
         request = self._request(
             conditions, params, seed, image_ids, cond_logprobs, support and params.is_filtered
         )
         if request is None:
-            return
+            return iter(())
         order = torch.arange(num_images(conditions), device=request.image_ids.device)
-        for rows in order.split(self.num_slots):
-            yield self._draw_wave(request, rows)
+        return (self._draw_wave(request, rows) for rows in order.split(self.num_slots))
 
     def _request(
         self,
@@ -176,8 +179,8 @@ class RolloutEngine:
                 f"image_ids: expected int64 of shape [{num_images(conditions)}], "
                 f"got {ids.dtype} {list(ids.shape)}"
             )
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: expected a signed 64-bit integer, got {seed}")
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected a signed 64-bit integer, got {seed!r}")
         if wants_cond_logprobs and params.temperature == 0:
             raise ValueError("cond_logprobs: expected a temperature above 0, got a greedy draw")
         if not num_images(conditions):

@@ -23,9 +23,9 @@ class SamplingParams:
     """Keep the likeliest tokens up to this mass, in (0, 1], after top_k; 1 keeps all."""
 
     def __post_init__(self) -> None:
-        if not self.guidance_scale >= 1:
+        if not 1 <= self.guidance_scale < float("inf"):
             raise ValueError(
-                f"guidance_scale: expected a number of at least 1, got {self.guidance_scale}"
+                f"guidance_scale: expected a finite number of at least 1, got {self.guidance_scale}"
             )
         if self.guidance_interval is not None and self.guidance_interval < 0:
             raise ValueError(

@@ -66,6 +66,13 @@ class CaptionEmbedding(nn.Module):
                 f"features: expected [P, {expected[0]}, {expected[1]}], "
                 f"got {list(conditions.features.shape)}"
             )
+        # The last position predicts the first image token, and padding would predict nonsense.
+        padded = ~conditions.mask[:, -1].bool()
+        if bool(padded.any()):
+            raise ValueError(
+                "mask: expected left padding (valid positions last), as LlamaGen was trained, got "
+                f"{int(padded.sum())} of {len(padded)} prompts with a padded last position"
+            )
 
     def embed(self, conditions: Conditions) -> Prefix:
         assert isinstance(conditions, TextFeatures)
