@@ -1,7 +1,7 @@
 """What an image is conditioned on: class labels [N] int64, or the features of text prompts."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class TextFeatures:
 Conditions: TypeAlias = Tensor | TextFeatures
 
 
-class DistinctConditions(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class DistinctConditions:
     """Conditions without repetition, and the row that each image uses."""
 
     conditions: Conditions  # of P distinct entries

@@ -5,7 +5,7 @@ and every image token scores each of them 0. A prefix of any length is then one 
 head, (sum of V over the valid positions, their count): 120 text tokens cost one vector.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from argrpo.engine.policy import Policy
 _PREFIX_BATCH = 16
 
 
-class PrefixStates(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixStates:
     """The collapsed prefixes of P distinct conditions."""
 
     value_sums: Tensor  # [L, P, H, D] fp32, over the valid positions
@@ -41,7 +42,8 @@ def collapse_prefixes(policy: Policy, conditions: Conditions) -> PrefixStates:
         policy: a model whose prefix rotary rows are zero.
         conditions: N labels or text features.
     """
-    prompts, index = distinct(conditions)
+    once = distinct(conditions)
+    prompts, index = once.conditions, once.index
     num_prompts = num_images(prompts)
     order = torch.arange(num_prompts, device=index.device)
     parts = [_collapse_batch(policy, prompts, rows) for rows in order.split(_PREFIX_BATCH)]

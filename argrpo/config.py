@@ -1,0 +1,234 @@
+"""The one tree of settings of a run. Frozen; refused at birth if a value is out of range.
+
+`argrpo train --config FILE.yaml` fills it; presets stand in argrpo/configs/.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from argrpo.engine.sampling_params import SamplingParams
+from argrpo.objectives import ObjectiveConfig
+from argrpo.schedules import LearningRateConfig
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Which model is tuned."""
+
+    path: str
+    """LlamaGen .pt file, AR-GRPO folder or argrpo folder; digits:policy is the embedded one."""
+
+    image_size: int | None = None
+    """Pixels a side; required where the file does not say, refused where it says otherwise."""
+
+    num_heads: int | None = None
+    """Attention heads; known for the published widths, required for any other."""
+
+    downsample: int = 16
+    """Pixels a side of one token."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the working weights; masters, gradients and optimizer state are always fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Which decoder turns tokens into images."""
+
+    path: str
+    """LlamaGen VQ .pt file, AR-GRPO folder or argrpo folder; digits:tokenizer is embedded."""
+
+    decode_batch: int = 16
+    """Images decoded at a time; bounds memory."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    pixels: Literal["float", "llamagen", "truncate", "round"] = "float"
+    """How rewards see pixels: as decoded, or through the 8 bits of a file."""
+
+    def __post_init__(self) -> None:
+        _at_least("tokenizer.decode_batch", self.decode_batch, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the images are conditioned on."""
+
+    names: Literal["imagenet", "digits"] = "imagenet"
+    """Where class names come from."""
+
+    classes: list[int] | None = None
+    """Class ids to train on; None takes all that have a name."""
+
+    template: str = "a photo of a {name}"
+    """The text of a class, for judges that read one."""
+
+    text_features: str | None = None
+    """safetensors file of encoded prompts for a text-conditional policy: features [P, L, C], mask
+    [P, L]; prompts as a JSON list in its metadata."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """One judge."""
+
+    name: str
+    """A name of argrpo/rewards/registry.py, or module:function for your own."""
+
+    weight: float = 1.0
+    """Applied to the raw score when rewards are summed, to the advantage when they are not."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the judge, e.g. the path of its weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """How scores become advantages within a group."""
+
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Sum the weighted scores and normalise once, or normalise each reward and weigh that."""
+
+    scale: Literal["group", "none"] = "group"
+    """Divide by the group's standard deviation (+ 1e-4), or only subtract its mean."""
+
+    missing: Literal["drop", "zero"] = "drop"
+    """An image without a score leaves its group, or (AR-GRPO) the missing score counts as 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW on fp32 masters."""
+
+    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        if not self.max_grad_norm > 0:
+            raise ValueError(
+                f"optimizer.max_grad_norm: expected a number above 0, got {self.max_grad_norm}"
+            )
+        if self.weight_decay < 0:
+            raise ValueError(
+                f"optimizer.weight_decay: expected at least 0, got {self.weight_decay}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run leaves behind, and how often. A step is one rollout iteration."""
+
+    sample_every: int = 20
+    """Steps between grids of fixed seed; 0 draws only the first and the last."""
+
+    sample_images: int = 20
+    """Images of a grid."""
+
+    save_every: int = 100
+    """Steps between checkpoints; 0 saves only the last."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Beside metrics.jsonl, which is always written."""
+
+    def __post_init__(self) -> None:
+        _at_least("output.sample_every", self.sample_every, 0)
+        _at_least("output.sample_images", self.sample_images, 1)
+        _at_least("output.save_every", self.save_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run."""
+
+    output_dir: str
+    """Folder of the run; must not hold another one."""
+
+    policy: PolicyConfig
+    tokenizer: TokenizerConfig
+    rewards: list[RewardConfig]
+    """Judges whose scores are optimised; at least one."""
+
+    monitors: list[RewardConfig] = field(default_factory=list)
+    """Judges that only measure: logged beside every sample grid, never optimised."""
+
+    prompts_per_step: int = 4
+    """Distinct conditions a step."""
+
+    images_per_prompt: int = 8
+    """Images drawn per condition: the group that advantages compare."""
+
+    num_steps: int = 100
+    """Rollout iterations."""
+
+    inner_epochs: int = 1
+    """Optimizer steps on each rollout."""
+
+    micro_batch: int = 8
+    """Images per forward and backward pass; changes memory and speed, not the result."""
+
+    max_slots: int | None = None
+    """Images drawn at a time; None draws all images of a step together."""
+
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cache_dir: str | None = None
+    """Where the embedded digits models are kept; None: argrpo under the user's cache folder."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: SamplingParams = field(default_factory=SamplingParams)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("prompts_per_step", self.prompts_per_step, 1)
+        if self.images_per_prompt < 2:
+            raise ValueError(
+                "images_per_prompt: expected at least 2 images to compare, "
+                f"got {self.images_per_prompt}"
+            )
+        _at_least("num_steps", self.num_steps, 1)
+        _at_least("inner_epochs", self.inner_epochs, 1)
+        _at_least("micro_batch", self.micro_batch, 1)
+        if self.max_slots is not None:
+            _at_least("max_slots", self.max_slots, 1)
+        if not self.rewards:
+            raise ValueError("rewards: expected at least one judge, got none")
+        names = [judge.name for judge in [*self.rewards, *self.monitors]]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: expected each judge once, got {', '.join(names)}")
+        if self.rollout.temperature == 0:
+            raise ValueError(
+                "rollout.temperature: expected above 0, got 0; greedy images of a prompt are all "
+                "the same and leave nothing to compare"
+            )
+
+    @property
+    def images_per_step(self) -> int:
+        return self.prompts_per_step * self.images_per_prompt
+
+
+def describe(config: TrainConfig) -> list[str]:
+    """What follows from the two knobs, in words; printed before the first step."""
+    micro_steps = -(-config.images_per_step // config.micro_batch)
+    slots = config.max_slots or config.images_per_step
+    total = config.num_steps * config.images_per_step
+    return [
+        f"{config.prompts_per_step} prompts x {config.images_per_prompt} images = "
+        f"{config.images_per_step} images a step, drawn {min(slots, config.images_per_step)} "
+        "at a time",
+        f"{config.inner_epochs} optimizer step(s) a rollout, each over {micro_steps} "
+        f"micro-batch(es) of {min(config.micro_batch, config.images_per_step)}",
+        f"{config.num_steps} steps, {total} images in all",
+    ]

@@ -1,0 +1,31 @@
+"""Where a model lies: a path as it stands, or a name of the embedded task."""
+
+from pathlib import Path
+
+_DIGITS = "digits:"
+
+
+def resolve_path(path: str, cache_dir: str | None) -> Path:
+    """A path, or for `digits:policy`, `digits:tokenizer`, `digits:reward_judge` and
+    `digits:heldout_judge` the file that the embedded task keeps under `cache_dir`.
+
+    The embedded models are trained if they are not there yet.
+
+    Raises:
+        ValueError: a digits: name that is none of these.
+    """
+    if not path.startswith(_DIGITS):
+        return Path(path)
+    from argrpo.digits.assets import default_cache_dir, digits_assets
+
+    assets = digits_assets(default_cache_dir() if cache_dir is None else Path(cache_dir))
+    known = {
+        "policy": assets.policy_path,
+        "tokenizer": assets.tokenizer_path,
+        "reward_judge": assets.reward_judge_path,
+        "heldout_judge": assets.heldout_judge_path,
+    }
+    name = path.removeprefix(_DIGITS)
+    if name not in known:
+        raise ValueError(f"path: expected one of digits:{', digits:'.join(known)}, got {path!r}")
+    return known[name]

@@ -1,0 +1,1 @@
+"""Judges: what turns images into scores. See protocols.py for the contract."""
