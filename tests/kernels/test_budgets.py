@@ -77,7 +77,8 @@ def test_every_kernel_stays_inside_its_budget(
     for name, row in reports.items():
         budget = budgets.get(name)
         if budget is None:
-            wrong.append(f"{name}: no budget; run bench/compile_report.py --only '{name}' --record")
+            command = f"bench/compile_report.py --only '{row['name']}' --record"
+            wrong.append(f"{name}: no budget; look at the report, then run {command}")
             continue
         wrong += [f"{name}: {k} {row[k]} > {budget[k]}" for k in AT_MOST if row[k] > budget[k]]
         wrong += [f"{name}: {k} {row[k]} < {budget[k]}" for k in AT_LEAST if row[k] < budget[k]]
