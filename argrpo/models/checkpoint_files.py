@@ -38,8 +38,10 @@ _LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19
 _GIT_LFS_MAGIC = b"version https://git-lfs"
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the format's own limit
 
-# A damaged pickle can fail in any of its opcodes; torch lets the error of each of them through.
+# A damaged pickle can fail in any of its opcodes and a damaged zip in any of its seeks; torch lets
+# the error of each of them through.
 _DAMAGE = (
+    OSError,
     RuntimeError,
     pickle.UnpicklingError,
     EOFError,
