@@ -105,13 +105,9 @@ def fp32_zeros(weight: Tensor) -> Tensor:
 
 def chunked_scores(hidden: Tensor, head_weight: Tensor, rows: Rows) -> RowScores:
     """`row_scores` of hidden states [M, D]."""
-    scores = RowScores(
-        *(torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3))
-    )
+    scores = RowScores.empty(len(hidden), hidden.device)
     for chunk in _split(slice(0, len(hidden)), _logit_rows(head_weight)):
-        parts = row_scores(head_logits(hidden[chunk], head_weight), rows.part(chunk))
-        for whole, part in zip(scores, parts, strict=True):
-            whole[chunk] = part
+        row_scores(head_logits(hidden[chunk], head_weight), rows.part(chunk), scores.part(chunk))
     return scores
 
 

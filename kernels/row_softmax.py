@@ -30,33 +30,39 @@ _LOG_ZERO = -1e4  # stands for -inf beside a probability of 0: exp of it is 0 in
 _DEPTH = 8  # a tile is DEPTH x LANES logits; a thread keeps its own maximum over the depth
 _LANES = 512
 _WARPS = 4
+_LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is five
+_LN_2 = tl.constexpr(0.6931471805599453)
 
 
-def row_scores(logits: Tensor, rows: Rows) -> RowScores:
+def row_scores(logits: Tensor, rows: Rows, out: RowScores | None = None) -> RowScores:
     """Log-prob of the given token, entropy and log-normaliser of each row.
 
     Args:
         logits: [M, V] fp32, contiguous.
         rows: the tokens, the temperature (above 0) and the support or None.
+        out: where to write, contiguous; None makes new tensors.
 
     Returns:
-        `RowScores` of [M] fp32 tensors.
+        `RowScores` of [M] fp32 tensors, `out` where that is given.
 
     Raises:
         ValueError: a shape, dtype or the temperature is not as above.
     """
     _check(logits, rows)
+    if out is None:
+        out = RowScores.empty(logits.shape[0], logits.device)
     if uses_triton(logits):
-        return _launch_scores(logits, rows)
+        _launch_scores(logits, rows, out)
+        return out
     untouched = rows.temperature == 1.0 and rows.support is None
     scaled = logits if untouched else rows.scale_(logits.clone())
     log_probs = torch.log_softmax(scaled, dim=1)
-    logprobs = log_probs.gather(1, rows.token_ids[:, None]).squeeze(1)
-    normalisers = scaled.amax(dim=1).sub_(log_probs.amax(dim=1))
+    out.logprobs.copy_(log_probs.gather(1, rows.token_ids[:, None]).squeeze(1))
+    out.normalisers.copy_(scaled.amax(dim=1) - log_probs.amax(dim=1))
     # softmax costs less than exp of the log-softmax: the one is fused, the other is not
     probs = torch.softmax(scaled, dim=1)
-    entropies = torch.linalg.vecdot(probs, log_probs.clamp_(min=_LOG_ZERO)).neg_()
-    return RowScores(logprobs, entropies, normalisers)
+    out.entropies.copy_(torch.linalg.vecdot(probs, log_probs.clamp_(min=_LOG_ZERO)).neg_())
+    return out
 
 
 def row_scores_reference(logits: Tensor, rows: Rows) -> RowScores:
@@ -118,15 +124,14 @@ def _check(logits: Tensor, rows: Rows) -> None:
     rows.check(*logits.shape)
 
 
-def _launch_scores(logits: Tensor, rows: Rows) -> RowScores:
-    scores = RowScores(*(logits.new_empty(logits.shape[0]) for _ in range(3)))
+def _launch_scores(logits: Tensor, rows: Rows, out: RowScores) -> None:
     support = rows.support
     if logits.shape[0]:
         _row_scores_fwd[(logits.shape[0],)](
             logits,
             rows.token_ids,
             support,
-            *scores,
+            *out,
             logits.stride(0),
             0 if support is None else support.stride(0),
             logits.shape[1],
@@ -136,7 +141,6 @@ def _launch_scores(logits: Tensor, rows: Rows) -> RowScores:
             LANES=_LANES,
             num_warps=_WARPS,
         )
-    return scores
 
 
 def _launch_gradient(
@@ -173,18 +177,10 @@ def _launch_gradient(
 
 
 @triton.jit
-def _load_row(
-    logits_ptr,
-    support_ptr,
-    token_id,
-    columns,
-    vocab_size,
-    inv_temperature,
-    HAS_SUPPORT: tl.constexpr,
-):
-    """Logits of one row over temperature; -inf past its end and outside the support."""
+def _load_row(logits_ptr, support_ptr, token_id, columns, vocab_size, HAS_SUPPORT: tl.constexpr):
+    """Logits of one row; -inf past its end and outside the support."""
     inside = columns < vocab_size
-    x = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")) * inv_temperature
+    x = tl.load(logits_ptr + columns, mask=inside, other=float("-inf"))
     if HAS_SUPPORT:
         byte = tl.load(support_ptr + columns // 8, mask=inside, other=0).to(tl.int32)
         kept = ((byte >> (7 - columns % 8)) & 1 != 0) | (columns == token_id)
@@ -213,42 +209,38 @@ def _row_scores_fwd(
     if HAS_SUPPORT:
         support_ptr += row * support_row_stride
     token_id = tl.load(token_ids_ptr + row)
-    # Each lane keeps its own maximum m, sum of e and sum of e (x - m), with e = exp(x - m): the
-    # loop needs no exchange between threads and one exp a logit. -1e30 instead of -inf, because
-    # -inf - -inf is NaN.
-    m = tl.full([LANES], -1e30, tl.float32)
+    known = (token_id >= 0) & (token_id < vocab_size)
+    token_id = token_id.to(tl.int32)
+    # Each lane keeps its own maximum m, sum of e and sum of e d, with d = (x - m) / temperature in
+    # base 2 and e = 2^d: the loop needs no exchange between threads and one exponential a logit.
+    # m starts at -1e20 and not at -inf, because -inf - -inf is NaN.
+    to_base_2 = inv_temperature * _LOG2_E
+    m = tl.full([LANES], -1e20, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
     tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     for start in range(0, vocab_size, DEPTH * LANES):
-        x = _load_row(
-            logits_ptr,
-            support_ptr,
-            token_id,
-            start + tile,
-            vocab_size,
-            inv_temperature,
-            HAS_SUPPORT,
-        )
+        columns = start + tile
+        x = _load_row(logits_ptr, support_ptr, token_id, columns, vocab_size, HAS_SUPPORT)
         new_m = tl.maximum(m, tl.max(x, axis=0))
-        shift = tl.exp(m - new_m)
-        weighted = shift * (weighted + (m - new_m) * total)
-        total = shift * total
-        x -= new_m[None, :]
-        e = tl.exp(x)
-        total += tl.sum(e, axis=0)
-        weighted += tl.sum(e * tl.maximum(x, -1e4), axis=0)
+        step = (m - new_m) * to_base_2
+        shrink = tl.exp2(step)
+        d = (x - new_m[None, :]) * to_base_2
+        e = tl.exp2(d)
+        # -inf is raised to a number that exp2 takes to 0 as well, because 0 * -inf is NaN.
+        weighted = shrink * (weighted + step * total) + tl.sum(e * tl.maximum(d, -1e4), axis=0)
+        total = shrink * total + tl.sum(e, axis=0)
         m = new_m
     row_m = tl.max(m, axis=0)
-    shift = tl.exp(m - row_m)
-    row_total = tl.sum(shift * total, axis=0)
-    row_weighted = tl.sum(shift * (weighted + (m - row_m) * total), axis=0)
+    step = (m - row_m) * to_base_2
+    shrink = tl.exp2(step)
+    row_total = tl.sum(shrink * total, axis=0)
+    row_weighted = tl.sum(shrink * (weighted + step * total), axis=0)
     log_total = tl.log(row_total)
-    known = (token_id >= 0) & (token_id < vocab_size)
-    chosen = tl.load(logits_ptr + token_id, mask=known, other=float("nan")) * inv_temperature
-    tl.store(logprobs_ptr + row, chosen - row_m - log_total)
-    tl.store(entropies_ptr + row, log_total - row_weighted / row_total)
-    tl.store(normalisers_ptr + row, row_m + log_total)
+    chosen = tl.load(logits_ptr + token_id, mask=known, other=float("nan"))
+    tl.store(logprobs_ptr + row, (chosen - row_m) * inv_temperature - log_total)
+    tl.store(entropies_ptr + row, log_total - _LN_2 * row_weighted / row_total)
+    tl.store(normalisers_ptr + row, row_m * inv_temperature + log_total)
 
 
 @triton.jit
@@ -271,21 +263,21 @@ def _row_gradient_bwd(
     BLOCK: tl.constexpr,
 ):
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    columns = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    logits_ptr += row * row_stride
-    out_ptr += row * row_stride
+    first = tl.program_id(0) % tiles * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    logits_ptr += row * row_stride + first
+    out_ptr += row * row_stride + first
     if HAS_SUPPORT:
-        support_ptr += row * support_row_stride
-    token_id = tl.load(token_ids_ptr + row)
-    x = _load_row(
-        logits_ptr, support_ptr, token_id, columns, vocab_size, inv_temperature, HAS_SUPPORT
-    )
-    log_p = x - tl.load(normalisers_ptr + row)
-    of_logprob = tl.load(dlogprobs_ptr + row)
+        support_ptr += row * support_row_stride + first // 8
+    left = vocab_size - first
+    token_offset = tl.load(token_ids_ptr + row).to(tl.int32) - first
+    x = _load_row(logits_ptr, support_ptr, token_offset, offsets, left, HAS_SUPPORT)
+    log2_p = x * (inv_temperature * _LOG2_E) - tl.load(normalisers_ptr + row) * _LOG2_E
+    of_logprob = tl.load(dlogprobs_ptr + row) * inv_temperature
     factor = tl.full([BLOCK], 0.0, tl.float32) + of_logprob
     if HAS_ENTROPY:
-        entropy = tl.load(entropies_ptr + row)
-        factor += tl.load(dentropies_ptr + row) * (tl.maximum(log_p, -1e4) + entropy)
-    gradient = tl.where(columns == token_id, of_logprob, 0.0) - tl.exp(log_p) * factor
-    gradient *= inv_temperature
-    tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=columns < vocab_size)
+        of_entropy = tl.load(dentropies_ptr + row) * inv_temperature
+        factor += of_entropy * tl.load(entropies_ptr + row)
+        factor += of_entropy * _LN_2 * tl.maximum(log2_p, -1e4)
+    gradient = tl.where(offsets == token_offset, of_logprob, 0.0) - tl.exp2(log2_p) * factor
+    tl.store(out_ptr + offsets, gradient.to(out_ptr.dtype.element_ty), mask=offsets < left)

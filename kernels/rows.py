@@ -45,5 +45,9 @@ class RowScores(NamedTuple):
     entropies: Tensor  # [M] fp32, nats
     normalisers: Tensor  # [M] fp32, log of the sum of exp(logits / temperature)
 
+    @classmethod
+    def empty(cls, num_rows: int, device: torch.device) -> "RowScores":
+        return cls(*(torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(3)))
+
     def part(self, rows: slice) -> "RowScores":
         return RowScores(self.logprobs[rows], self.entropies[rows], self.normalisers[rows])

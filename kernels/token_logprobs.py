@@ -36,7 +36,7 @@ from argrpo.kernels.head_chunks import (
 )
 from argrpo.kernels.kl import k3
 from argrpo.kernels.row_softmax import row_scores, row_scores_reference
-from argrpo.kernels.rows import Rows
+from argrpo.kernels.rows import Rows, RowScores
 
 # (rows, their log-probs [m], their entropies [m]) -> d loss / d log-prob [m], d loss / d entropy
 # [m] or None for zeros; all fp32. It is called once for each chunk of rows, in order.
@@ -158,16 +158,14 @@ def logprob_gradients(
     _check(hidden, head_weight, rows, weight_grad)
     dhidden = torch.empty_like(hidden)
     dweight = fp32_zeros(head_weight) if weight_grad is None else weight_grad
-    logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    entropies = torch.empty_like(logprobs)
+    scores = RowScores.empty(len(hidden), hidden.device)
 
     def scale_rows(chunk: slice, logits: Tensor) -> RowScales:
-        scores = row_scores(logits, rows.part(chunk))
-        logprobs[chunk], entropies[chunk] = scores.logprobs, scores.entropies
-        return RowScales(scores, *loss_scales(chunk, scores.logprobs, scores.entropies))
+        part = row_scores(logits, rows.part(chunk), scores.part(chunk))
+        return RowScales(part, *loss_scales(chunk, part.logprobs, part.entropies))
 
     chunked_gradients(hidden, head_weight, rows, scale_rows, dhidden=dhidden, dweight=dweight)
-    return LogprobGradients(logprobs, entropies, dhidden, dweight)
+    return LogprobGradients(scores.logprobs, scores.entropies, dhidden, dweight)
 
 
 def logprob_gradients_reference(
