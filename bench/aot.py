@@ -174,7 +174,7 @@ def _found(pattern: str, text: str) -> str:
 
 def _is_load(op: str) -> bool:
     # LDGSTS copies from device to shared memory, UBLKCP and UTMALDG are the bulk copy engine.
-    return op.startswith(("LDG", "UBLKCP", "UTMALDG"))
+    return op.split(".")[0] in ("LDG", "LDGSTS", "UBLKCP", "UTMALDG")
 
 
 def _width(op: str) -> int:
@@ -197,7 +197,7 @@ def _bytes_in_flight(instructions: list[tuple[str, str]]) -> int:
     for op, args in instructions:
         if op.startswith("LDGSTS"):
             copies += _width(op)
-        elif op.startswith("LDG"):
+        elif op.startswith("LDG."):
             target, _, address = args.partition(",")
             if _touched(address) & waiting.keys():
                 waiting.clear()
@@ -207,7 +207,7 @@ def _bytes_in_flight(instructions: list[tuple[str, str]]) -> int:
                 for part in range(max(width // 4, 1)):
                     waiting[int(first[1]) + part] = min(width, 4)
         else:
-            if op.startswith("LDGDEPBAR") or op.startswith("DEPBAR"):
+            if op.startswith("DEPBAR"):
                 copies = 0
             if _touched(args) & waiting.keys():
                 waiting.clear()
