@@ -205,9 +205,6 @@ class TrainConfig:
             _at_least("max_slots", self.max_slots, 1)
         if not self.rewards:
             raise ValueError("rewards: expected at least one judge, got none")
-        names = [judge.name for judge in [*self.rewards, *self.monitors]]
-        if len(set(names)) < len(names):
-            raise ValueError(f"rewards: expected each judge once, got {', '.join(names)}")
         if self.rollout.temperature == 0:
             raise ValueError(
                 "rollout.temperature: expected above 0, got 0; greedy images of a prompt are all "

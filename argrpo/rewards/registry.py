@@ -14,8 +14,7 @@ from argrpo.model_paths import resolve_path
 from argrpo.rewards.protocols import Reward
 
 REWARDS = {
-    "digits_judge": "argrpo.digits.rewards:digits_judge",
-    "heldout_judge": "argrpo.digits.rewards:heldout_judge",
+    "digits_judge": "argrpo.digits.judges:DigitJudgeReward",
     "clip": "argrpo.rewards.clip:ClipReward",
     "hpsv2": "argrpo.rewards.clip:Hpsv2Reward",
 }

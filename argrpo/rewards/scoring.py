@@ -54,6 +54,12 @@ class Judges:
         self._rewards = [self._make(judge, device) for judge in config.rewards]
         self._monitors = [self._make(judge, device) for judge in config.monitors]
         self._weights = torch.tensor([judge.weight for judge in config.rewards])
+        names = [judge.name for judge in [*self._rewards, *self._monitors]]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                "rewards: expected each judge to be logged under a name of its own, got "
+                f"{', '.join(names)}; give one the option name, or take it out"
+            )
 
     def score(self, images: Tensor, prompts: list[Prompt], *, with_monitors: bool) -> Scores:
         """Raw scores of N images.
