@@ -1,0 +1,155 @@
+"""The models of the digits task: trained on first use, then read from a cache folder.
+
+A cache entry carries a hash of everything that shapes it, so another recipe makes another entry.
+It is written beside its place under a hidden name and moved there whole: an interrupted build
+leaves no entry, and of two processes that ask at once one builds while the other waits.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from argrpo.digits.base_policy import BasePolicyConfig, train_base_policy
+from argrpo.digits.dataset import SPLIT_SIZES
+from argrpo.digits.judges import (
+    HELDOUT_JUDGE,
+    REWARD_JUDGE,
+    JudgeConfig,
+    save_judge,
+    train_judge,
+)
+from argrpo.digits.tokenizer import DigitTokenizerConfig, train_tokenizer
+from argrpo.digits.training import Progress, no_progress
+from argrpo.models.loading import save_policy, save_tokenizer
+
+_TOKENIZER = DigitTokenizerConfig()
+_POLICY = BasePolicyConfig()
+_VERSION = 1  # raise it when a change of code makes other models from the same configs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsRecipe:
+    """How the four models are trained."""
+
+    tokenizer: DigitTokenizerConfig = _TOKENIZER
+    policy: BasePolicyConfig = _POLICY
+    reward_judge: JudgeConfig = REWARD_JUDGE
+    heldout_judge: JudgeConfig = HELDOUT_JUDGE
+
+    @property
+    def key(self) -> str:
+        """12 hex digits that change with anything that shapes the models."""
+        record = {"version": _VERSION, "splits": SPLIT_SIZES, "recipe": asdict(self)}
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+
+RECIPE = DigitsRecipe()
+
+
+@dataclass(frozen=True, slots=True)
+class DigitsAssets:
+    """Folders of the four models, each with model.safetensors and config.json."""
+
+    policy_path: Path  # for load_policy
+    tokenizer_path: Path  # for load_tokenizer
+    reward_judge_path: Path  # for load_judge and DigitJudgeReward
+    heldout_judge_path: Path
+
+    @classmethod
+    def within(cls, folder: Path) -> "DigitsAssets":
+        """The layout of a cache entry."""
+        return cls(
+            policy_path=folder / "policy",
+            tokenizer_path=folder / "tokenizer",
+            reward_judge_path=folder / "reward_judge",
+            heldout_judge_path=folder / "heldout_judge",
+        )
+
+
+def default_cache_dir(xdg_cache_home: str | None = None) -> Path:
+    """Where models are kept unless told otherwise: argrpo under the user's cache folder.
+
+    Args:
+        xdg_cache_home: the environment's XDG_CACHE_HOME, which the command line reads; empty or
+            None for ~/.cache.
+    """
+    base = Path(xdg_cache_home) if xdg_cache_home else Path.home() / ".cache"
+    return base / "argrpo"
+
+
+def digits_assets(
+    cache_dir: str | Path,
+    progress: Progress = no_progress,
+    recipe: DigitsRecipe = RECIPE,
+) -> DigitsAssets:
+    """The four models, trained now if the cache does not hold them.
+
+    Args:
+        cache_dir: holds an entry `digits-v1-KEY` a recipe; made if need be.
+        progress: called with (stage, steps done, steps in all) while models train.
+        recipe: how they are trained.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    cache_dir = Path(cache_dir)
+    entry = cache_dir / f"digits-v{_VERSION}-{recipe.key}"
+    if entry.is_dir():
+        return DigitsAssets.within(entry)
+    with _building(cache_dir, entry.name, progress):
+        # Whoever held the lock before may have built it.
+        if not entry.is_dir():
+            _build(entry, recipe, progress)
+    return DigitsAssets.within(entry)
+
+
+def _build(entry: Path, recipe: DigitsRecipe, progress: Progress) -> None:
+    prefix = f".{entry.name}."
+    # The lock is held, so these are what killed builds left behind.
+    for abandoned in entry.parent.glob(f"{prefix}*"):
+        if abandoned.is_dir():
+            shutil.rmtree(abandoned, ignore_errors=True)
+    draft = Path(tempfile.mkdtemp(prefix=prefix, dir=entry.parent))
+    try:
+        _train_into(DigitsAssets.within(draft), recipe, progress)
+        (draft / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+        draft.chmod(0o755)  # mkdtemp makes folders that nobody else may read
+        draft.rename(entry)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _train_into(assets: DigitsAssets, recipe: DigitsRecipe, progress: Progress) -> None:
+    save_judge(train_judge(recipe.reward_judge, progress), assets.reward_judge_path)
+    save_judge(train_judge(recipe.heldout_judge, progress), assets.heldout_judge_path)
+    tokenizer = train_tokenizer(recipe.tokenizer, progress)
+    save_tokenizer(tokenizer, assets.tokenizer_path)
+    policy = train_base_policy(recipe.policy, tokenizer, progress)
+    save_policy(policy, assets.policy_path)
+
+
+@contextmanager
+def _building(cache_dir: Path, name: str, progress: Progress) -> Iterator[None]:
+    """Hold the lock of an entry, waiting for another process that builds it."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = (cache_dir / f".{name}.lock").open("w")
+    except OSError as error:
+        raise OSError(
+            f"cache_dir: expected a folder that can be written, got {cache_dir}: {error.strerror}"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another process", 0, 1)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # Closing the file lets go of the lock, also when the process is killed.
+        yield
