@@ -100,6 +100,12 @@ class AdvantageConfig:
     missing: Literal["drop", "zero"] = "drop"
     """An image without a score leaves its group, or (AR-GRPO) the missing score counts as 0."""
 
+    def __post_init__(self) -> None:
+        if self.missing == "zero" and self.aggregation == "normalize_then_sum":
+            raise ValueError(
+                "advantage.missing: expected drop with aggregation normalize_then_sum, got zero"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:

@@ -10,12 +10,9 @@ Source: Shao et al., arXiv:2402.03300 (GRPO); the recipe of AR-GRPO, arXiv:2508.
 of policy and reference are those of the conditional model, whatever guidance drew the tokens.
 """
 
-import copy
 import hashlib
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,22 +21,17 @@ from torch import Tensor
 
 from argrpo.config import TrainConfig
 from argrpo.data import Prompt, load_prompts
-from argrpo.engine.conditions import select
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.image_files import save_grid
-from argrpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
-from argrpo.loss_metrics import LossMetrics
+from argrpo.learner import Learner
 from argrpo.model_paths import resolve_path
 from argrpo.models.llamagen import LlamaGen
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
 from argrpo.models.vq import VQTokenizer
-from argrpo.objectives import LossScale, policy_loss
-from argrpo.optimizer import MasterAdamW
 from argrpo.pixels import seen_by_judges
 from argrpo.rewards.scoring import Judges, Scores
 from argrpo.run_folder import RunFolder
-from argrpo.schedules import learning_rate
 from argrpo.step_clock import StepClock
 from argrpo.trackers import Tracker, make_trackers
 
@@ -47,30 +39,11 @@ _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class NonFiniteError(RuntimeError):
-    """A gradient is not a finite number; the weights are those of the step before."""
-
-
 class TrainResult(NamedTuple):
     """What is left when a run ends."""
 
     policy_path: Path  # the folder of the tuned policy, for load_policy
     metrics: dict[str, float]  # of the last step
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Experience:
-    """One step's images, ready to be learned from."""
-
-    rollout: Rollout
-    advantages: Tensor  # [N] fp32
-    old_logprobs: Tensor | None  # [N, T] fp32; None: those of the forward pass itself
-    ref_logprobs: Tensor | None  # [N, T] fp32
-
-
-class _MicroBatch(NamedTuple):
-    logprobs: Tensor  # [m, T] fp32, detached
-    metrics: LossMetrics
 
 
 class Trainer:
@@ -91,7 +64,6 @@ class Trainer:
         self.config = config
         self._device = choose_device(config.device)
         self._trackers = make_trackers(config, progress=False) if trackers is None else trackers
-        self._optimizer_steps = 0
         self._clock = StepClock(self._device)
         # First, so that a taken folder is known before minutes go into loading models.
         self._folder = RunFolder.create(config.output_dir)
@@ -119,21 +91,15 @@ class Trainer:
         _check_fit(self.policy, self._tokenizer)
         self._prompts = load_prompts(config.data)
         self._judges = Judges(config, self._device)
-        self._reference = _frozen_copy(self.policy) if config.objective.beta > 0 else None
         slots = min(config.max_slots or config.images_per_step, config.images_per_step)
         self.engine = RolloutEngine(self.policy, max_slots=slots)
-        self._optimizer = MasterAdamW(
-            self.policy.named_parameters(),
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            max_grad_norm=config.optimizer.max_grad_norm,
-        )
+        self._learner = Learner(self.policy, config)
 
     def train(self) -> TrainResult:
         """Run all steps.
 
         Raises:
-            NonFiniteError: a loss or gradient stopped being a number.
+            NonFiniteError: a gradient stopped being a number.
         """
         self._warn_of_mismatch()
         for tracker in self._trackers:
@@ -159,14 +125,15 @@ class Trainer:
         images = self._decode(rollout)
         scores = self._score(images, prompts, step)
         advantages = scores.advantages(self.config.images_per_prompt)
-        experience = self._prepare(rollout, advantages.values.flatten())
-        learned = self._learn(experience, step)
+        with self._clock.phase("logprob"):
+            experience = self._learner.prepare(rollout, advantages)
+        with self._clock.phase("update"):
+            learned = self._learner.learn(experience, step)
         return {
             **scores.metrics(),
             **advantages.metrics(),
             **learned,
             "entropy/draw": rollout.entropies.mean().item(),
-            "optimizer_step": float(self._optimizer_steps),
             **self._clock.finish_step(len(rollout), rollout.token_ids.numel()),
         }
 
@@ -189,97 +156,6 @@ class Trainer:
             repeated = [p for p in prompts for _ in range(self.config.images_per_prompt)]
             seen = seen_by_judges(images, self.config.tokenizer.pixels)
             return self._judges.score(seen, repeated, with_monitors=self._is_shown(step + 1))
-
-    @torch.no_grad()
-    def _prepare(self, rollout: Rollout, advantages: Tensor) -> _Experience:
-        """Log-probs that stay fixed while the policy moves."""
-        with self._clock.phase("logprob"):
-            reference = None
-            if self._reference is not None:
-                reference = self._all_logprobs(self._reference, rollout)
-            old = None
-            if self.config.inner_epochs > 1:
-                old = self._all_logprobs(self.policy, rollout)
-            return _Experience(rollout, advantages.to(self._device), old, reference)
-
-    def _all_logprobs(self, policy: LlamaGen, rollout: Rollout) -> Tensor:
-        temperature = rollout.params.temperature
-        parts = [
-            _scored_tokens(policy, rollout, rows, temperature).logprobs
-            for rows in self._micro_batches()
-        ]
-        return torch.cat(parts).view(rollout.token_ids.shape)
-
-    def _learn(self, experience: _Experience, step: int) -> dict[str, float]:
-        """One optimizer step per inner epoch on the same images; reports the last."""
-        with self._clock.phase("update"):
-            for epoch in range(self.config.inner_epochs):
-                losses = [self._accumulate(experience, rows) for rows in self._micro_batches()]
-                if epoch == 0:
-                    first = losses
-                grad_norm = self._step_optimizer(step)
-            metrics = losses[0].metrics
-            for loss in losses[1:]:
-                metrics = metrics.merged(loss.metrics)
-            return {
-                **metrics.named(entropy_name=self._entropy_name),
-                **self._draw_mismatch(experience.rollout, first),
-                "grad_norm": grad_norm,
-                "learning_rate": self._learning_rate(step),
-            }
-
-    def _accumulate(self, experience: _Experience, rows: Tensor) -> _MicroBatch:
-        """Forward and backward of some images; their gradient adds to that of the step."""
-        rollout, config = experience.rollout, self.config
-        shape = (len(rows), rollout.token_ids.shape[1])
-        scores = _scored_tokens(self.policy, rollout, rows, config.rollout.temperature)
-        logprobs = scores.logprobs.view(shape)
-        loss = policy_loss(
-            logprobs,
-            experience.advantages[rows],
-            config=config.objective,
-            scale=LossScale(len(rollout), rollout.token_ids.numel(), shape[1]),
-            old_logprobs=_rows(experience.old_logprobs, rows),
-            ref_logprobs=_rows(experience.ref_logprobs, rows),
-            entropies=scores.entropies.view(shape),
-        )
-        loss.loss.backward()
-        self._optimizer.accumulate()
-        return _MicroBatch(logprobs.detach(), loss.metrics)
-
-    def _step_optimizer(self, step: int) -> float:
-        grad_norm = float(self._optimizer.step(self._learning_rate(step)))
-        if not math.isfinite(grad_norm):
-            raise NonFiniteError(
-                f"grad_norm: expected a finite number at step {step + 1}, got {grad_norm}; the "
-                "weights were left as they were. Lower the learning rate, or look at the rewards "
-                "in metrics.jsonl"
-            )
-        self._optimizer_steps += 1
-        return grad_norm
-
-    def _learning_rate(self, step: int) -> float:
-        config = self.config.optimizer.learning_rate
-        return learning_rate(step, config, num_steps=self.config.num_steps)
-
-    @property
-    def _entropy_name(self) -> str:
-        # entropy/policy is at temperature 1 by definition; a tempered one goes by another name.
-        return "entropy/policy" if self.config.rollout.temperature == 1 else "entropy/tempered"
-
-    def _draw_mismatch(self, rollout: Rollout, first: list[_MicroBatch]) -> dict[str, float]:
-        """How far the log-probs that were trained on lie from those of the draw."""
-        trained = torch.cat([part.logprobs for part in first])
-        difference = (trained - rollout.logprobs).abs()
-        mean, largest = torch.stack([difference.mean(), difference.max()]).tolist()
-        return {
-            "sampling/sampling_logp_difference/mean": mean,
-            "sampling/sampling_logp_difference/max": largest,
-        }
-
-    def _micro_batches(self) -> Iterator[Tensor]:
-        rows = torch.arange(self.config.images_per_step, device=self._device)
-        yield from rows.split(self.config.micro_batch)
 
     def _is_shown(self, step: int) -> bool:
         every = self.config.output.sample_every
@@ -331,27 +207,6 @@ def draw_seed(run_seed: int, step: int) -> int:
     """The seed of a step's draw: 64 bits hashed from the run's seed and the step."""
     digest = hashlib.blake2b(f"draw {run_seed} {step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _scored_tokens(
-    policy: LlamaGen, rollout: Rollout, rows: Tensor, temperature: float
-) -> TokenLogprobs:
-    """[m * T] log-probs and entropies of some images under the conditional model.
-
-    At the draw's temperature and over the whole codebook, without guidance.
-    """
-    token_ids = rollout.token_ids[rows]
-    hidden = policy.hidden(select(rollout.conditions, rows), token_ids).flatten(0, 1)
-    return token_logprobs(hidden, policy.head_weight, token_ids.flatten(), temperature)
-
-
-def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if values is None else values[rows]
-
-
-def _frozen_copy(policy: LlamaGen) -> LlamaGen:
-    """The policy as it is now, apart from it: a child module would be trained and saved too."""
-    return copy.deepcopy(policy).requires_grad_(False)
 
 
 def _check_fit(policy: LlamaGen, tokenizer: VQTokenizer) -> None:

@@ -20,19 +20,20 @@ from argrpo.config import (
 )
 from argrpo.data import Prompt
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.learner import NonFiniteError
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
 from argrpo.objectives import ObjectiveConfig
 from argrpo.run_folder import RunFolder
 from argrpo.schedules import LearningRateConfig
-from argrpo.trainer import NonFiniteError, Trainer, choose_device, draw_seed
+from argrpo.trainer import Trainer, choose_device, draw_seed
 
 
 def brighter_left(images: Tensor, prompts: list[Prompt]) -> Tensor:
     """A reward that any policy can learn: how much brighter the left half is than the right.
 
-    Not plain brighter_left, which the decoder's group norms take away. In units of a random decoder.
+    Not plain brightness, which the decoder's group norms take away. Scaled to a random decoder.
     """
     left, right = images.chunk(2, dim=3)
     return (left.mean(dim=(1, 2, 3)) - right.mean(dim=(1, 2, 3))) * 100
