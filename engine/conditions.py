@@ -32,6 +32,12 @@ class TextFeatures:
                 f"index: expected an int64 [N] tensor, got {self.index.dtype} "
                 f"{list(self.index.shape)}"
             )
+        if self.index is not None and len(self.index):
+            low, high = torch.stack(self.index.aminmax()).tolist()
+            if low < 0 or high >= len(self.features):
+                raise ValueError(
+                    f"index: expected 0 to {len(self.features) - 1}, got {low if low < 0 else high}"
+                )
 
     @property
     def rows(self) -> Tensor:
