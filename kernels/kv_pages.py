@@ -86,6 +86,8 @@ def check_cache(
             f"pages.keys: expected a page size in {PAGE_SIZES}, got {pages.keys.shape[2]}"
         )
     expect("block_table", block_table, (batch, None), (torch.int32,))
+    if not block_table.shape[1]:
+        raise ValueError("block_table: expected at least one page a sequence, got none")
     if prefix is None:
         return
     expect("prefix.value_sums", prefix.value_sums, (None, num_kv_heads, head_dim), (torch.float32,))

@@ -28,7 +28,7 @@ Bytes: 4 B H D (t + 2) in bf16; operations: 4 B H D (t + 1). XL (20 heads of 64)
 multiply-adds are 2.15e12/s at that rate, 6 % of the fp32 units: the padded 16- or 64-row tile of a
 matrix unit would be slower to feed than to skip. Bytes in flight, 2 tiles ahead x 8 KiB x 12
 programs = 196 KB a multiprocessor; 4.3 TB/s at 0.7 us of latency needs 23. Instructions (sm_90):
-337 a warp and tile and 472 around them, 67, 53, 46 % of the issue slots at t 64, 128, 256.
+337 a warp and tile and 468 around them, 67, 53, 46 % of the issue slots at t 64, 128, 256.
 
 Sources: the online softmax, Milakov and Gimelshein, arXiv:1805.02867; pages, Kwon et al.,
 arXiv:2309.06180; rotary embedding, Su et al., arXiv:2104.09864, in the interleaved form of
@@ -258,7 +258,10 @@ def _paged_decode_fwd(
     position = tl.load(positions_ptr + sequence).to(tl.int32)
     busy = position >= 0
     table_ptr = block_table_ptr + sequence * table_row_stride
-    page = tl.load(table_ptr, mask=busy, other=0)
+    # What the end needs is asked for here, so that nothing is waited for after the loop.
+    page = tl.load(table_ptr)
+    if value_sums_ptr is not None:
+        prefix = tl.load(prefix_index_ptr + sequence).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     inside = dims < HEAD_DIM
 
@@ -278,6 +281,22 @@ def _paged_decode_fwd(
     head_at = head.to(tl.int64) * (PAGE_SIZE * ROW_DIM)
     # Pages x heads x positions x D passes 2**31 elements in a cache of 4 GiB.
     page_stride = num_heads.to(tl.int64) * (PAGE_SIZE * ROW_DIM)
+    k_at = k_ptr + sequence * k_row_stride + head * k_head_stride
+    v_at = v_ptr + sequence * v_row_stride + head * v_head_stride
+    k = _row(k_at, inside, dims, cos, sin, ROTATES)
+    k = k.to(k_ptr.dtype.element_ty).to(key_pages_ptr.dtype.element_ty)
+    v = tl.load(v_at + dims, mask=inside, other=0.0).to(value_pages_ptr.dtype.element_ty)
+    own_page = tl.load(table_ptr + position // PAGE_SIZE, mask=busy, other=0)
+    row_at = own_page.to(tl.int64) * page_stride + head_at + (position % PAGE_SIZE) * ROW_DIM
+    stores = dims < tl.where(busy & (query_head % GROUP == 0), ROW_DIM, 0)
+    tl.store(key_pages_ptr + row_at + dims, k, mask=stores)
+    tl.store(value_pages_ptr + row_at + dims, v, mask=stores)
+
+    if value_sums_ptr is not None:
+        count = tl.load(counts_ptr + prefix)
+        sums_at = value_sums_ptr + (prefix * num_heads + head) * HEAD_DIM
+        sums = tl.load(sums_at + dims, mask=inside, other=0.0)
+
     offsets = tl.arange(0, STEPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     at = offsets[:, :, None] * ROW_DIM + dims[None, None, :]
     # Finite, so that a row of threads without a position yet subtracts no infinities.
@@ -301,33 +320,19 @@ def _paged_decode_fwd(
         acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * values.to(tl.float32), axis=0)
         top = new_top
 
-    k_at = k_ptr + sequence * k_row_stride + head * k_head_stride
-    v_at = v_ptr + sequence * v_row_stride + head * v_head_stride
-    k = _row(k_at, inside, dims, cos, sin, ROTATES)
-    k = k.to(k_ptr.dtype.element_ty).to(key_pages_ptr.dtype.element_ty)
-    v = tl.load(v_at + dims, mask=inside, other=0.0).to(value_pages_ptr.dtype.element_ty)
-    page = tl.load(table_ptr + position // PAGE_SIZE, mask=busy, other=0)
-    row_at = page.to(tl.int64) * page_stride + head_at + (position % PAGE_SIZE) * ROW_DIM
-    stores = dims < tl.where(busy & (query_head % GROUP == 0), ROW_DIM, 0)
-    tl.store(key_pages_ptr + row_at + dims, k, mask=stores)
-    tl.store(value_pages_ptr + row_at + dims, v, mask=stores)
-
     own_score = tl.sum(q * k.to(tl.float32), axis=0)
     highest = tl.maximum(tl.max(top, axis=0), own_score)
     if value_sums_ptr is not None:
-        prefix = tl.load(prefix_index_ptr + sequence).to(tl.int64)
-        count = tl.load(counts_ptr + prefix)
         highest = tl.where(count > 0, tl.maximum(highest, 0.0), highest)
     shrink = tl.exp2(top - highest)
     own = tl.exp2(own_score - highest)
     denominator = tl.sum(total * shrink, axis=0) + own
     out = tl.sum(acc * shrink[:, None], axis=0) + own * v.to(tl.float32)
     if value_sums_ptr is not None:
-        sums_at = value_sums_ptr + (prefix * num_heads + head) * HEAD_DIM
         # Without a prefix the score of 0 may lie far above all others: 0 x infinity.
         zero = tl.where(count > 0, tl.exp2(tl.minimum(-highest, 0.0)), 0.0)
         denominator += count * zero
-        out += tl.load(sums_at + dims, mask=inside, other=0.0) * zero
+        out += sums * zero
     out = tl.where(busy, out / denominator, 0.0)
     out_at = out_ptr + (sequence * tl.num_programs(0) + query_head) * HEAD_DIM
     tl.store(out_at + dims, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -376,6 +376,7 @@ def _bad_calls() -> list[tuple[str, dict]]:
             {"pages": KeyValuePages(*(side[:, :, :8].contiguous() for side in step.pages))},
         ),
         (r"block_table: expected int32", {"block_table": step.block_table.long()}),
+        (r"block_table: expected at least one page", {"block_table": step.block_table[:, :0]}),
         (r"block_table: expected a contiguous", {"block_table": step.block_table[:, ::2]}),
         (
             r"prefix.value_sums: expected float32",
