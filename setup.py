@@ -28,7 +28,7 @@ CORE = [
     "numpy",
     "safetensors",
     "pillow",
-    "jsonargparse[signatures]>=4.40",
+    "jsonargparse[signatures]>=4.49",
     "rich",
     "tensorboard",
     "matplotlib",

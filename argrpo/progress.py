@@ -1,18 +1,25 @@
 """What the terminal shows while a run goes: a bar, the numbers that matter, where the time goes."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from argrpo.config import TrainConfig
 from argrpo.run_folder import RunFolder
-
-PHASES = ("rollout", "decode", "reward", "logprob", "update")
-"""The parts of a step, as metrics name them under time/."""
+from argrpo.step_clock import PHASES
 
 _PLAIN_LINES = 20  # lines of a whole run where nobody watches a bar
 
@@ -98,3 +105,34 @@ def _phases_in_words(metrics: dict[str, float]) -> str:
     if "images_per_second" in metrics:
         words += f"  {metrics['images_per_second']:.3g} images/s"
     return words
+
+
+@contextmanager
+def stage_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A callable (stage, steps done, steps in all) that shows stages, one bar or line each.
+
+    Nothing is shown before the first call.
+    """
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=40),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+            if console.is_terminal:
+                bars.start()
+            else:
+                console.print(f"{stage}: {total} steps", highlight=False)
+        bars.update(tasks[stage], completed=done)
+
+    try:
+        yield show
+    finally:
+        if tasks and console.is_terminal:
+            bars.stop()

@@ -8,8 +8,13 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from argrpo.config import TrainConfig
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -137,6 +142,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             part.unlink(missing_ok=True)
 
 
+def config_text(config: TrainConfig) -> str:
+    """A config as YAML that --config reads back."""
+    text: str = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return text
+
+
 def storage_error(path: Path, error: OSError) -> StorageError:
     """One line about a file that could not be written, with what to do."""
     if error.errno in _FULL:
@@ -145,6 +156,15 @@ def storage_error(path: Path, error: OSError) -> StorageError:
             "left half-written. Free some space or choose another output_dir"
         )
     return StorageError(f"{path}: expected a file that can be written, got {_reason(error)}")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: what YAML has without tags."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _reason(error: OSError) -> str:

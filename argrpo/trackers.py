@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from PIL import Image
 from argrpo.config import TrainConfig
 from argrpo.environment import environment
 from argrpo.progress import ProgressTracker
-from argrpo.run_folder import RunFolder, storage_error, write_atomically
+from argrpo.run_folder import RunFolder, config_text, storage_error, write_atomically
 
 _PROJECT = "argrpo"
 
@@ -47,14 +46,21 @@ def make_trackers(config: TrainConfig, *, progress: bool) -> list[Tracker]:
     Raises:
         ValueError: a tracker's package is not installed.
     """
-    made = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker, "trackio": TrackioTracker}
-    asked: Sequence[Tracker] = [made[name]() for name in config.output.trackers]
-    shown = [ProgressTracker()] if progress else []
-    return [JsonLinesTracker(), *asked, *shown]
+    trackers: list[Tracker] = [JsonLinesTracker()]
+    for name in config.output.trackers:
+        match name:
+            case "tensorboard":
+                trackers.append(TensorBoardTracker())
+            case "wandb":
+                trackers.append(WandbTracker())
+            case "trackio":
+                trackers.append(TrackioTracker())
+    return [*trackers, ProgressTracker()] if progress else trackers
 
 
 class JsonLinesTracker:
-    """metrics.jsonl, one object a step, and environment.json.
+    """What a run folder always has: config.yaml, environment.json, and metrics.jsonl with one
+    object a step.
 
     A value that is not finite becomes null, which every reader of JSON understands.
     """
@@ -64,8 +70,10 @@ class JsonLinesTracker:
         self._path = Path()
 
     def start(self, config: TrainConfig, folder: RunFolder) -> None:
-        text = json.dumps(environment(), indent=2) + "\n"
-        write_atomically(folder.environment_path, lambda part: part.write_text(text))
+        machine = json.dumps(environment(), indent=2) + "\n"
+        write_atomically(folder.environment_path, lambda part: part.write_text(machine))
+        settings = config_text(config)
+        write_atomically(folder.config_path, lambda part: part.write_text(settings))
         self._path = folder.metrics_path
         self._file = self._path.open("ab", buffering=0)
 

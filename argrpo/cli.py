@@ -1,0 +1,191 @@
+"""The command line: argrpo demo | train | sample | report | doctor.
+
+Exit codes:
+    0    done
+    1    a bug of argrpo, or of a judge of yours: a traceback says where
+    2    a setting, a flag or an input file is wrong: one line names it
+    70   a gradient stopped being a finite number
+    74   the machine: disk full, no permission, out of memory
+    130  stopped by Ctrl-C
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+import argrpo
+
+DONE, BUG, WRONG_INPUT, NOT_FINITE, MACHINE, STOPPED = 0, 1, 2, 70, 74, 130
+
+
+class _Command(NamedTuple):
+    help: str
+    run: Callable[[list[str]], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code.
+
+    Args:
+        argv: the words behind `argrpo`; None takes them from the process.
+    """
+    try:
+        chosen = _top_parser().parse_args(argv)
+    except SystemExit as stop:
+        return _code_of(stop)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    try:
+        _COMMANDS[chosen.command].run(chosen.arguments)
+    except SystemExit as stop:
+        return _code_of(stop)
+    except KeyboardInterrupt:
+        return _told("stopped by Ctrl-C", STOPPED)
+    except Exception as error:
+        code = _exit_code(error)
+        if code == BUG or chosen.traceback:
+            raise
+        return _told(" ".join(str(error).split()), code)
+    return DONE
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:<8} {command.help}" for name, command in _COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="argrpo",
+        usage="argrpo [--version] [--traceback] COMMAND ...",
+        description="Fine-tune autoregressive image models with GRPO.",
+        epilog=f"commands:\n{listing}\n\n`argrpo COMMAND --help` lists the settings of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"argrpo {argrpo.__version__}")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where an error was raised, not its line only"
+    )
+    parser.add_argument(
+        "command", choices=list(_COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _demo(arguments: list[str]) -> None:
+    from argrpo.config_files import parse_config
+    from argrpo.demo import DemoConfig, run_demo
+
+    config = parse_config(DemoConfig, arguments, command="argrpo demo", lists={})
+    run_demo(dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir)), Console())
+
+
+def _train(arguments: list[str]) -> None:
+    from argrpo.config import TrainConfig, describe
+    from argrpo.config_files import parse_config
+    from argrpo.trackers import make_trackers
+    from argrpo.trainer import Trainer
+
+    lists = {"--rewards": "name", "--monitors": "name", "--data.classes": None}
+    lists |= {"--output.trackers": None}
+    config = parse_config(TrainConfig, arguments, command="argrpo train", lists=lists)
+    config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
+    _prepare_digits_of(config, config.cache_dir)
+    for line in describe(config):
+        print(line)
+    result = Trainer(config, make_trackers(config, progress=True)).train()
+    print(f"tuned policy: {result.policy_path}")
+    print(f"next: argrpo report {config.output_dir}")
+
+
+def _sample(arguments: list[str]) -> None:
+    from argrpo.config_files import parse_config
+    from argrpo.sampling import SampleConfig, draw_samples
+
+    lists = {"--labels": None, "--names": None, "--prompts": None}
+    config = parse_config(SampleConfig, arguments, command="argrpo sample", lists=lists)
+    config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
+    _prepare_digits_of(config, config.cache_dir)
+    folder = draw_samples(config)
+    print(f"{folder}: one PNG file an image, grid.png, tokens.npy")
+
+
+def _report(arguments: list[str]) -> None:
+    from argrpo.report import write_report
+
+    parser = argparse.ArgumentParser(
+        prog="argrpo report", description="One HTML file about a run, readable without a network."
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--output", type=Path, help="the file; default: report.html in the folder")
+    chosen = parser.parse_args(arguments)
+    print(write_report(chosen.run, chosen.output))
+
+
+def _doctor(arguments: list[str]) -> None:
+    from argrpo.doctor import examine, show
+
+    parser = argparse.ArgumentParser(
+        prog="argrpo doctor", description="What is installed here, what will be used, and why."
+    )
+    parser.add_argument("--cache_dir", help="folder of the embedded models, if not the usual one")
+    chosen = parser.parse_args(arguments)
+    cache_dir = Path(str(_cache_dir(chosen.cache_dir)))
+    show(examine(Path.cwd(), cache_dir), Console())
+
+
+def _prepare_digits_of(config: object, cache_dir: str | None) -> None:
+    """Train the embedded models where it can be seen, if a path of the config names one."""
+    from argrpo.demo import prepare_digits
+
+    if "digits:" in repr(config):
+        prepare_digits(cache_dir, Console())
+
+
+def _cache_dir(asked: str | None) -> str:
+    """The folder of the embedded models; the one place that reads XDG_CACHE_HOME."""
+    from argrpo.digits.assets import default_cache_dir
+
+    return asked or str(default_cache_dir(os.environ.get("XDG_CACHE_HOME")))
+
+
+def _exit_code(error: Exception) -> int:
+    """Whose fault an error is."""
+    import torch
+
+    from argrpo.learner import NonFiniteError
+    from argrpo.run_folder import StorageError
+
+    if isinstance(error, NonFiniteError):
+        return NOT_FINITE
+    if isinstance(error, StorageError | torch.OutOfMemoryError | MemoryError):
+        return MACHINE
+    if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return WRONG_INPUT
+    return MACHINE if isinstance(error, OSError) else BUG
+
+
+def _told(message: str, code: int) -> int:
+    print(f"argrpo: {message}", file=sys.stderr)
+    return code
+
+
+def _code_of(stop: SystemExit) -> int:
+    return stop.code if isinstance(stop.code, int) else DONE
+
+
+_COMMANDS = {
+    "demo": _Command("train the embedded digits task from nothing, and report on it", _demo),
+    "train": _Command("fine-tune a policy: --config FILE.yaml or a preset, and overrides", _train),
+    "sample": _Command("draw images from a policy into PNG files", _sample),
+    "report": _Command("write report.html about a run folder", _report),
+    "doctor": _Command("say what is installed, what will be used, and why", _doctor),
+}

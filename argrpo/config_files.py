@@ -1,0 +1,185 @@
+"""From flags and YAML files to a frozen config.
+
+jsonargparse does the parsing; this file adds what it leaves to its callers: presets by name, one
+clear line for what is wrong, and lists as people type them.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+_CONFIG = "--config"
+
+# How jsonargparse says that it does not know a name; the groups are the name's parts.
+_UNKNOWN = (
+    r"unrecognized arguments: (.+)",
+    r"Group '(.+?)' does not accept option '(.+?)'",
+    r"Parser key \"(.+?)\":.*Option '(.+?)' is not accepted",
+    r"Option '(.+?)' is not accepted",
+)
+
+Config = TypeVar("Config")
+
+
+def parse_config(
+    kind: type[Config], arguments: Sequence[str], *, command: str, lists: Mapping[str, str | None]
+) -> Config:
+    """A config from flags, and from the YAML file that --config names under them.
+
+    Args:
+        kind: a frozen dataclass; the docstrings under its fields are the help of the flags.
+        arguments: the command line behind the command's name.
+        command: how help calls the program, as `argrpo train`.
+        lists: flags that take several values in a row, as --labels 207 360; where a value is a
+            record, the key that a bare word stands for.
+
+    Raises:
+        ValueError: a flag, key or value that the config does not take; one line.
+        FileNotFoundError: the config file is neither there nor a preset.
+        SystemExit: --help or --print_config was asked for and printed.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=command,
+        usage=f"{command} [--config FILE.yaml] [--setting value ...]",
+        description=_description(kind),
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        _CONFIG,
+        action="config",
+        help="YAML file, or the name of a preset; flags behind it change single settings.",
+    )
+    parser.add_class_arguments(kind, None)
+    joined = _with_joined_lists(arguments, lists)
+    try:
+        parsed = parser.parse_args(_with_presets(joined))
+    except ArgumentError as error:
+        raise ValueError(_in_one_line(str(error), _flags(parser))) from error
+    values = parser.instantiate(parsed)
+    return kind(**{name: value for name, value in vars(values).items() if name != "config"})
+
+
+def preset_names() -> list[str]:
+    """File names of the presets that come with the package."""
+    return sorted(item.name for item in _presets().iterdir() if item.name.endswith(".yaml"))
+
+
+def config_file(name: str) -> Path:
+    """The file itself where it is there, else the preset of that name.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    stem = name if name.endswith(".yaml") else f"{name}.yaml"
+    if stem in preset_names():
+        return Path(str(_presets() / stem))
+    raise FileNotFoundError(
+        f"config: expected a YAML file or one of the presets {', '.join(preset_names())}, "
+        f"got {name}"
+    )
+
+
+def _presets() -> Traversable:
+    return resources.files("argrpo") / "configs"
+
+
+def _description(kind: type) -> str:
+    return (kind.__doc__ or "").partition("\n\n")[0]
+
+
+def _flags(parser: ArgumentParser) -> list[str]:
+    names = [action.dest for action in parser._actions]
+    return [name for name in names if not name.endswith("help")]
+
+
+def _with_presets(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the file behind each --config found."""
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1] == _CONFIG:
+            found.append(str(config_file(argument)))
+        elif argument.startswith(f"{_CONFIG}="):
+            found.append(f"{_CONFIG}={config_file(argument.partition('=')[2])}")
+        else:
+            found.append(argument)
+    return found
+
+
+def _with_joined_lists(arguments: Sequence[str], lists: Mapping[str, str | None]) -> list[str]:
+    """`--labels 207 360` as `--labels [207, 360]`, which is what jsonargparse takes."""
+    joined: list[str] = []
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        joined.append(flag)
+        if flag not in lists:
+            continue
+        words: list[str] = []
+        while rest and not rest[0].startswith("--"):
+            words.append(rest.pop(0))
+        if words and words[0].startswith(("[", "{")):
+            joined.extend(words)
+        elif words:
+            key = lists[flag]
+            values = [_scalar(word) if key is None else {key: word} for word in words]
+            joined.append(json.dumps(values, ensure_ascii=False))
+    return joined
+
+
+def _scalar(word: str) -> int | str:
+    with suppress(ValueError):
+        return int(word)
+    return word
+
+
+def _in_one_line(message: str, flags: list[str]) -> str:
+    """jsonargparse's report as `name: expected this, got that`."""
+    flat = " ".join(message.split())
+    for pattern in _UNKNOWN:
+        if match := re.search(pattern, flat):
+            return _unknown(".".join(match.groups()), flags)
+    if match := re.search(r"the following arguments are required: (.+)", flat):
+        names = match[1]
+        return f"{names}: expected a value, got none; give a flag or --config FILE.yaml"
+    if match := re.search(r"argument --(\S+): expected one argument", flat):
+        return f"{match[1]}: expected a value, got none"
+    if match := re.search(r"Problems parsing config: (.+)", flat):
+        return f"config: expected YAML, got something else: {match[1]}"
+    if match := re.search(r'Parser key "(.+?)": (.*)', flat):
+        return f"{match[1]}: {_value(match[2])}"
+    return flat
+
+
+def _unknown(name: str, flags: list[str]) -> str:
+    bare = name.split()[0].removeprefix("--").partition("=")[0]
+    close = difflib.get_close_matches(bare, flags, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; --help lists them"
+    return f"{bare}: expected a known setting, got an unknown one{hint}"
+
+
+def _value(text: str) -> str:
+    """What jsonargparse says of a value, with types as YAML calls them."""
+    if match := re.search(r"any of the Union subtypes Subtypes: \[(.+?)\] Errors: .*", text):
+        value = text.rpartition("Given value: ")[2]
+        return f"expected {_type_names(match[1]).replace(', ', ' or ')}, got {value}"
+    if match := re.search(r"Expected an? (.+?)\. Got value: (.*?)(?= - Expected|$)", text):
+        return f"expected {_type_names(match[1])}, got {match[2]}"
+    return text
+
+
+def _type_names(text: str) -> str:
+    if match := re.fullmatch(r"typing\.Literal\[(.+)\]", text):
+        return f"one of {match[1]}".replace("'", "")
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("NoneType", "null")
