@@ -12,23 +12,10 @@ sequences that share it name the same full pages in their block tables.
 Scores, softmax and sums in fp32; the rotated q and k are rounded to their dtype first, as a
 training forward rounds them, and this step's k and v are used as the cache stores them.
 
-Layout: [page, head, position, D], so that one head's page is one stream of 64 x 128 bytes (D 64),
-rows padded to 16 bytes (D 100 to 104). One program a (sequence, query head): 2 warps walk the
-sequence in tiles of 4 KiB of K and of V, copied ahead into shared memory, each row of threads with
-an online softmax of its own; the rows meet once, at the end. Query heads of a group read the same
-pages, all but the first of them from L2.
-
-No split of a sequence over programs: 8 guided images are 16 x 12 = 192 programs of GPT-B and 320
-of XL, more than an H200 has multiprocessors (132), and 12 programs fit on each. A split needs a
-second launch, 1.3 us x 36 layers = 47 us a step of XL; what 3 programs on some multiprocessors and
-2 on others lose, at 8 images and 128 positions on average, is at most a quarter of 88 us.
-
-Bytes: 4 B H D (t + 2) in bf16; operations: 4 B H D (t + 1). XL (20 heads of 64), 128 guided images
-(B 256): t 64, 128, 256, 576 are 84, 168, 336, 755 MB = 20, 39, 78, 176 us at 4.3 TB/s. The
-multiply-adds are 2.15e12/s at that rate, 6 % of the fp32 units: the padded 16- or 64-row tile of a
-matrix unit would be slower to feed than to skip. Bytes in flight, 2 tiles ahead x 8 KiB x 12
-programs = 196 KB a multiprocessor; 4.3 TB/s at 0.7 us of latency needs 23. Instructions (sm_90):
-337 a warp and tile and 468 around them, 67, 53, 46 % of the issue slots at t 64, 128, 256.
+One program a sequence and query head, never a split of a sequence: 8 guided images are 192 to 320
+of them on 132 multiprocessors, and a second launch would cost more than an even spread gains.
+paged_decode.py has the kernel and that arithmetic: 128 guided images of XL at 128 positions are
+170 MB and 40 us at 4.3 TB/s. kv_pages.py has the layout of the cache.
 
 Sources: the online softmax, Milakov and Gimelshein, arXiv:1805.02867; pages, Kwon et al.,
 arXiv:2309.06180; rotary embedding, Su et al., arXiv:2104.09864, in the interleaved form of
@@ -38,8 +25,6 @@ FoundationVision/LlamaGen at ce98ec4, gpt.py apply_rotary_emb.
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from argrpo.kernels._checks import uses_triton
@@ -48,15 +33,9 @@ from argrpo.kernels.kv_pages import (
     PrefixAggregate,
     check_cache,
     check_step,
-    padded_head_dim,
     store_positions,
 )
-
-_WARPS = 2  # 4 cost a third more instructions around the loop; 1 is too slow alone at 8 images
-_STAGES = 3  # two tiles on their way while one is used
-_TILE_BYTES = 4096  # of K, and again of V; 4 loads of 16 bytes a thread
-_LOAD_BYTES = 16
-_LOG2_E = math.log2(math.e)
+from argrpo.kernels.paged_decode import launch_paged_decode
 
 
 def paged_decode_attention(
@@ -99,7 +78,7 @@ def paged_decode_attention(
         return paged_decode_attention_reference(
             q, k, v, rotary, positions, pages, block_table, prefix
         )
-    return _launch(q, k, v, rotary, positions, pages, block_table, prefix)
+    return launch_paged_decode(q, k, v, rotary, positions, pages, block_table, prefix)
 
 
 def paged_decode_attention_reference(
@@ -122,10 +101,12 @@ def paged_decode_attention_reference(
     rows = block_table[busy].long(), places[busy, None]
     store_positions(pages, *rows, k[busy, None], v[busy, None])
 
+    page_size, num_pages = pages.keys.shape[2], block_table.shape[1]
+    seen = torch.arange(num_pages * page_size, device=q.device) <= positions[:, None]
+    table = block_table.long() * seen[:, ::page_size]
     # [B, N, Hkv, page, D] -> [B, Hkv, 1, positions, D]
-    gathered = [side[block_table.long()].transpose(1, 2).flatten(2, 3) for side in pages]
+    gathered = [side[table].transpose(1, 2).flatten(2, 3) for side in pages]
     keys, values = (side[..., :head_dim].unsqueeze(2).to(wide) for side in gathered)
-    seen = torch.arange(keys.shape[3], device=q.device) <= positions[:, None]
     seen = seen[:, None, None, :, None]
     keys, values = keys.masked_fill(~seen, 0), values.masked_fill(~seen, 0)
 
@@ -151,188 +132,3 @@ def _rotated_reference(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = angles.to(even.dtype)[:, None].unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).to(x.dtype)
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: Tensor | None,
-    positions: Tensor,
-    pages: KeyValuePages,
-    block_table: Tensor,
-    prefix: PrefixAggregate | None,
-) -> Tensor:
-    batch, num_heads, head_dim = q.shape
-    out = q.new_empty(batch, num_heads, head_dim)
-    if batch == 0:
-        return out
-    value_sums, counts, index = prefix if prefix is not None else (None, None, None)
-    _paged_decode_fwd[(num_heads, batch)](
-        q,
-        k,
-        v,
-        out,
-        rotary,
-        positions,
-        pages.keys,
-        pages.values,
-        block_table,
-        value_sums,
-        counts,
-        index,
-        _LOG2_E / math.sqrt(head_dim),
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        block_table.shape[1],
-        **tile_shape(head_dim, pages.keys.shape[2], pages.keys.element_size()),
-        GROUP=num_heads // k.shape[1],
-        num_warps=_WARPS,
-    )
-    return out
-
-
-def tile_shape(head_dim: int, page_size: int, itemsize: int) -> dict[str, int]:
-    """The compile-time sizes of the kernel: a tile is STEPS rounds of ROWS positions."""
-    block = triton.next_power_of_2(head_dim)
-    positions = min(page_size, _TILE_BYTES // (block * itemsize))
-    # As many positions as the warps cover with one load a thread.
-    rows = min(positions, max(1, _WARPS * 32 * _LOAD_BYTES // (block * itemsize)))
-    return {
-        "HEAD_DIM": head_dim,
-        "ROW_DIM": padded_head_dim(head_dim),
-        "BLOCK_D": block,
-        "PAGE_SIZE": page_size,
-        "ROWS": rows,
-        "STEPS": positions // rows,
-        "STAGES": _STAGES,
-    }
-
-
-@triton.jit
-def _row(at, inside, dims, cos, sin, ROTATES: tl.constexpr):
-    """One head's row in fp32, its pairs turned."""
-    row = tl.load(at + dims, mask=inside, other=0.0).to(tl.float32)
-    if ROTATES:
-        partner = tl.load(at + (dims ^ 1), mask=inside, other=0.0).to(tl.float32)
-        row = row * cos + partner * sin
-    return row
-
-
-@triton.jit
-def _paged_decode_fwd(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    rotary_ptr,
-    positions_ptr,
-    key_pages_ptr,
-    value_pages_ptr,
-    block_table_ptr,
-    value_sums_ptr,
-    counts_ptr,
-    prefix_index_ptr,
-    score_scale,
-    q_row_stride,
-    q_head_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    table_row_stride,
-    HEAD_DIM: tl.constexpr,
-    ROW_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    query_head = tl.program_id(0)
-    head = query_head // GROUP
-    num_heads = tl.num_programs(0) // GROUP
-    sequence = tl.program_id(1).to(tl.int64)
-    position = tl.load(positions_ptr + sequence).to(tl.int32)
-    busy = position >= 0
-    table_ptr = block_table_ptr + sequence * table_row_stride
-    # What the end needs is asked for here, so that nothing is waited for after the loop.
-    page = tl.load(table_ptr)
-    if value_sums_ptr is not None:
-        prefix = tl.load(prefix_index_ptr + sequence).to(tl.int64)
-    dims = tl.arange(0, BLOCK_D)
-    inside = dims < HEAD_DIM
-
-    ROTATES: tl.constexpr = rotary_ptr is not None
-    cos = 0.0
-    sin = 0.0
-    if ROTATES:
-        angles = rotary_ptr + tl.maximum(position, 0).to(tl.int64) * HEAD_DIM + (dims // 2) * 2
-        cos = tl.load(angles, mask=inside, other=0.0)
-        sin = tl.load(angles + 1, mask=inside, other=0.0)
-        # even' = even cos - odd sin, odd' = odd cos + even sin
-        sin = tl.where(dims % 2 == 0, -sin, sin)
-    q_at = q_ptr + sequence * q_row_stride + query_head * q_head_stride
-    q = _row(q_at, inside, dims, cos, sin, ROTATES)
-    q = q.to(q_ptr.dtype.element_ty).to(tl.float32) * score_scale
-
-    head_at = head.to(tl.int64) * (PAGE_SIZE * ROW_DIM)
-    # Pages x heads x positions x D passes 2**31 elements in a cache of 4 GiB.
-    page_stride = num_heads.to(tl.int64) * (PAGE_SIZE * ROW_DIM)
-    k_at = k_ptr + sequence * k_row_stride + head * k_head_stride
-    v_at = v_ptr + sequence * v_row_stride + head * v_head_stride
-    k = _row(k_at, inside, dims, cos, sin, ROTATES)
-    k = k.to(k_ptr.dtype.element_ty).to(key_pages_ptr.dtype.element_ty)
-    v = tl.load(v_at + dims, mask=inside, other=0.0).to(value_pages_ptr.dtype.element_ty)
-    own_page = tl.load(table_ptr + position // PAGE_SIZE, mask=busy, other=0)
-    row_at = own_page.to(tl.int64) * page_stride + head_at + (position % PAGE_SIZE) * ROW_DIM
-    stores = dims < tl.where(busy & (query_head % GROUP == 0), ROW_DIM, 0)
-    tl.store(key_pages_ptr + row_at + dims, k, mask=stores)
-    tl.store(value_pages_ptr + row_at + dims, v, mask=stores)
-
-    if value_sums_ptr is not None:
-        count = tl.load(counts_ptr + prefix)
-        sums_at = value_sums_ptr + (prefix * num_heads + head) * HEAD_DIM
-        sums = tl.load(sums_at + dims, mask=inside, other=0.0)
-
-    offsets = tl.arange(0, STEPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    at = offsets[:, :, None] * ROW_DIM + dims[None, None, :]
-    # Finite, so that a row of threads without a position yet subtracts no infinities.
-    top = tl.full((ROWS,), -3.0e38, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for start in tl.range(0, position, STEPS * ROWS, num_stages=STAGES):
-        base = page.to(tl.int64) * page_stride + head_at + (start % PAGE_SIZE) * ROW_DIM
-        valid = offsets < position - start
-        mask = valid[:, :, None] & (dims < ROW_DIM)[None, None, :]
-        keys = tl.load(key_pages_ptr + base + at, mask=mask, other=0.0)
-        values = tl.load(value_pages_ptr + base + at, mask=mask, other=0.0)
-        following = start + STEPS * ROWS
-        page = tl.load(table_ptr + following // PAGE_SIZE, mask=following < position, other=0)
-        scores = tl.sum(q[None, None, :] * keys.to(tl.float32), axis=2)
-        scores = tl.where(valid, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=0))
-        weights = tl.exp2(scores - new_top[None, :])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, axis=0)
-        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * values.to(tl.float32), axis=0)
-        top = new_top
-
-    own_score = tl.sum(q * k.to(tl.float32), axis=0)
-    highest = tl.maximum(tl.max(top, axis=0), own_score)
-    if value_sums_ptr is not None:
-        highest = tl.where(count > 0, tl.maximum(highest, 0.0), highest)
-    shrink = tl.exp2(top - highest)
-    own = tl.exp2(own_score - highest)
-    denominator = tl.sum(total * shrink, axis=0) + own
-    out = tl.sum(acc * shrink[:, None], axis=0) + own * v.to(tl.float32)
-    if value_sums_ptr is not None:
-        # Without a prefix the score of 0 may lie far above all others: 0 x infinity.
-        zero = tl.where(count > 0, tl.exp2(tl.minimum(-highest, 0.0)), 0.0)
-        denominator += count * zero
-        out += sums * zero
-    out = tl.where(busy, out / denominator, 0.0)
-    out_at = out_ptr + (sequence * tl.num_programs(0) + query_head) * HEAD_DIM
-    tl.store(out_at + dims, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -7,7 +7,7 @@ import math
 
 from aot import AotSpec
 
-from argrpo.kernels.paged_attention import _WARPS, _paged_decode_fwd, tile_shape
+from argrpo.kernels.paged_decode import _WARPS, _paged_decode_fwd, tile_shape
 
 _POINTERS = {
     "q_ptr": "*bf16:16",

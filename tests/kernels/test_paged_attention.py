@@ -300,6 +300,16 @@ def test_a_row_does_not_depend_on_its_batch_or_on_its_pages(dtype: torch.dtype) 
     assert torch.equal(moved.run(), together)
 
 
+def test_entries_of_the_block_table_past_the_position_are_not_read() -> None:
+    step = make_step(positions=[-1, 0, 15, 16, 31, 47])
+    expected = step.run(), step.reference(torch.float32)
+    first_unread = (step.positions // 16 + 1)[:, None]
+    unread = torch.arange(NUM_PAGES, device=DEVICE) >= first_unread
+    step.block_table[unread] = 2**30
+    assert torch.equal(step.run(), expected[0])
+    assert torch.equal(step.reference(torch.float32), expected[1])
+
+
 def test_scores_far_from_the_prefix_score_of_zero_stay_finite() -> None:
     """Own scores of 7,200 and -7,200, the latter beside a prefix of 120 and beside one of none."""
     step = make_step(positions=[20, 0, 0], rotary=False)
