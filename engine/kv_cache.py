@@ -18,11 +18,28 @@ from argrpo.engine.prefix import PrefixStates
 # fp32, half-precision scores would be rounded, and on a CPU half-precision products are slower.
 _DTYPE = torch.float32
 
+# Rows of a wave come in multiples of this: a library product rounds the rows of a whole tile
+# alike and may round those of a broken one differently (MKL fp32: exact for every multiple of 4).
+ROW_TILE = 4
+
 
 def slot_bytes(shape: PolicyShape, num_branches: int) -> int:
     """Bytes of keys and values that one image needs."""
     entries = shape.num_layers * shape.num_heads * shape.num_image_tokens * shape.head_dim
     return 2 * num_branches * entries * _DTYPE.itemsize
+
+
+def rows_within(shape: PolicyShape, kv_bytes: int) -> int:
+    """How many guided images a cache of so many bytes holds, in whole tiles where one fits.
+
+    Raises:
+        ValueError: not one fits.
+    """
+    one = slot_bytes(shape, num_branches=2)
+    if kv_bytes < one:
+        raise ValueError(f"kv_bytes: expected at least {one} for one guided image, got {kv_bytes}")
+    fitting = kv_bytes // one
+    return fitting // ROW_TILE * ROW_TILE or fitting
 
 
 class WaveCache:

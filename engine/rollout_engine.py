@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 from argrpo.engine.conditions import Conditions, moved_to, num_images, select
-from argrpo.engine.kv_cache import WaveCache, slot_bytes
+from argrpo.engine.kv_cache import ROW_TILE, WaveCache, rows_within
 from argrpo.engine.policy import Policy
 from argrpo.engine.prefix import PrefixStates, collapse_prefixes, has_zero_rotary_prefix
 from argrpo.engine.rollout import Rollout, concatenate, empty
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.kernels.guided_sampling import Draw, DrawKeys, DrawSettings, guided_sample
-
-# Rows of a wave come in multiples of this: a library product rounds the rows of a whole tile
-# alike and may round those of a broken one differently (MKL fp32: exact for every multiple of 4).
-_ROW_TILE = 4
 
 # Images a wave with deterministic=True: library products of one shape round one way, so a fixed
 # wave gives the same bits whatever max_slots is.
@@ -40,6 +36,15 @@ class _Request(NamedTuple):
     uncond_prefix: PrefixStates | None
     wants_cond_logprobs: bool
     wants_support: bool
+
+
+class _Wave(NamedTuple):
+    """Images that are drawn together."""
+
+    request: _Request
+    rows: Tensor  # [B] int64, the row of the draw in each slot
+    cache: WaveCache
+    keys: DrawKeys
 
 
 class RolloutEngine:
@@ -81,9 +86,9 @@ class RolloutEngine:
             )
         self._policy = policy
         wave = _DETERMINISTIC_WAVE if deterministic else max_slots
-        self._num_rows = -(-wave // _ROW_TILE) * _ROW_TILE
+        self._num_rows = -(-wave // ROW_TILE) * ROW_TILE
         if kv_bytes is not None:
-            self._num_rows = min(self._num_rows, self._rows_in(kv_bytes))
+            self._num_rows = min(self._num_rows, rows_within(policy.shape, kv_bytes))
         if deterministic and self._num_rows < wave:
             raise ValueError(
                 f"kv_bytes: expected room for {wave} images with deterministic=True, "
@@ -204,82 +209,65 @@ class RolloutEngine:
     @torch.no_grad()
     def _draw_wave(self, request: _Request, rows: Tensor) -> Rollout:
         """Draw the images of some rows, all positions in lockstep."""
-        shape, num_rows = self._policy.shape, self._num_rows
+        wave = self._start_wave(request, rows)
+        draws = [self._first_draw(wave)]
+        for position in range(1, self._policy.shape.num_image_tokens):
+            draws.append(self._step(wave, draws[-1].token_ids, position))
+        return _collect(request, rows, draws)
+
+    def _start_wave(self, request: _Request, rows: Tensor) -> _Wave:
+        """Some rows of a draw, with their prefixes in the cache."""
+        num_rows, policy = self._num_rows, self._policy
         # The engine always runs all its rows, because the row count of a library product decides
         # how it rounds; empty ones repeat the first row and are dropped.
         filled = torch.cat([rows, rows[:1].expand(num_rows - len(rows))])
+        wanted = 2 * num_rows if request.uncond_prefix is not None else num_rows
+        if self._cache is None or self._cache.num_rows < wanted:
+            self._cache = WaveCache(policy.shape, wanted, policy.head_weight.device)
+        self._cache.write_prefix(slice(0, num_rows), request.cond_prefix, filled)
+        if request.uncond_prefix is not None:
+            self._cache.write_prefix(slice(num_rows, 2 * num_rows), request.uncond_prefix, filled)
         keys = DrawKeys(
             seed=torch.tensor([request.seed], device=rows.device),
             image_ids=request.image_ids[filled],
             positions=torch.zeros(num_rows, dtype=torch.int64, device=rows.device),
         )
-        num_guided = request.params.num_guided(shape.num_image_tokens)
-        cache = self._start_wave(request, filled)
-        draws: list[Draw] = []
-        for position in range(shape.num_image_tokens):
-            is_guided = position < num_guided
-            if position == 0:
-                cond, uncond = self._first_hidden(request, filled)
-            else:
-                hidden = self._decode(cache, draws[-1].token_ids, position, is_guided)
-                cond, uncond = hidden[:num_rows], hidden[num_rows:] if is_guided else None
-            draws.append(self._sample(request, cond, uncond, keys, position))
-        return _collect(request, rows, draws)
+        return _Wave(request, filled, self._cache, keys)
 
-    def _start_wave(self, request: _Request, rows: Tensor) -> WaveCache:
-        """The cache with the prefixes of this wave in place."""
-        num_rows, policy = self._num_rows, self._policy
-        wanted = 2 * num_rows if request.uncond_prefix is not None else num_rows
-        if self._cache is None or self._cache.num_rows < wanted:
-            self._cache = WaveCache(policy.shape, wanted, policy.head_weight.device)
-        self._cache.write_prefix(slice(0, num_rows), request.cond_prefix, rows)
-        if request.uncond_prefix is not None:
-            self._cache.write_prefix(slice(num_rows, 2 * num_rows), request.uncond_prefix, rows)
-        return self._cache
+    def _first_draw(self, wave: _Wave) -> Draw:
+        """Token 0 of every slot, which the prefix alone decides."""
+        cond, uncond = wave.request.cond_prefix, wave.request.uncond_prefix
+        first = cond.last_hidden[cond.index[wave.rows]]
+        null = None if uncond is None else uncond.last_hidden[uncond.index[wave.rows]]
+        return self._sample(wave, first, null, 0)
 
-    def _first_hidden(self, request: _Request, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        cond, uncond = request.cond_prefix, request.uncond_prefix
-        first = cond.last_hidden[cond.index[rows]]
-        return first, None if uncond is None else uncond.last_hidden[uncond.index[rows]]
+    def _step(self, wave: _Wave, token_ids: Tensor, position: int) -> Draw:
+        """Feed the last token of every slot and draw the one at `position`, 1 to T - 1.
 
-    def _decode(
-        self, cache: WaveCache, token_ids: Tensor, position: int, is_guided: bool
-    ) -> Tensor:
-        """Feed the last token of every slot; both branches of a slot feed the same one."""
-        policy = self._policy
+        Both branches of a slot feed the same token.
+        """
+        policy, num_rows = self._policy, self._num_rows
+        is_guided = position < wave.request.params.num_guided(policy.shape.num_image_tokens)
         x = policy.token_embedding(token_ids)[:, None]
         if is_guided:
             x = torch.cat([x, x])
         at = policy.shape.prefix_len + position - 1
-        attend = cache.attend(len(x), position, policy.rotary[at : at + 1])
-        return policy.trunk(x, attend)[:, 0]
+        attend = wave.cache.attend(len(x), position, policy.rotary[at : at + 1])
+        hidden = policy.trunk(x, attend)[:, 0]
+        uncond = hidden[num_rows:] if is_guided else None
+        return self._sample(wave, hidden[:num_rows], uncond, position)
 
-    def _sample(
-        self,
-        request: _Request,
-        cond: Tensor,
-        uncond: Tensor | None,
-        keys: DrawKeys,
-        position: int,
-    ) -> Draw:
+    def _sample(self, wave: _Wave, cond: Tensor, uncond: Tensor | None, position: int) -> Draw:
+        positions = torch.full_like(wave.keys.positions, position)
         return guided_sample(
             cond,
             uncond,
             self._policy.head_weight,
-            keys._replace(positions=torch.full_like(keys.positions, position)),
-            request.settings,
-            cond_logprobs=request.wants_cond_logprobs,
-            support=request.wants_support,
+            wave.keys._replace(positions=positions),
+            wave.request.settings,
+            cond_logprobs=wave.request.wants_cond_logprobs,
+            support=wave.request.wants_support,
         )
-
-    def _rows_in(self, kv_bytes: int) -> int:
-        one = slot_bytes(self._policy.shape, num_branches=2)
-        if kv_bytes < one:
-            raise ValueError(
-                f"kv_bytes: expected at least {one} for one guided image, got {kv_bytes}"
-            )
-        fitting = kv_bytes // one
-        return fitting // _ROW_TILE * _ROW_TILE or fitting
 
 
 def _settings(params: SamplingParams, device: torch.device) -> DrawSettings:
