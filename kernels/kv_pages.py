@@ -5,6 +5,7 @@ sequence names its pages in a row of a block table. Pages that several sequences
 only read; the page that a sequence stores into is its own.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ class KeyValuePages(NamedTuple):
     values: Tensor  # the same
 
 
-class PrefixAggregate(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)  # eq would compare tensors
+class PrefixAggregate:
     """Prefixes whose keys are zero, as what one layer's attention needs of them."""
 
     value_sums: Tensor  # [P, Hkv, D] fp32, sum of V over the prefix

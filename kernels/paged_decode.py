@@ -47,7 +47,9 @@ def launch_paged_decode(
     out = q.new_empty(batch, num_heads, head_dim)
     if batch == 0:
         return out
-    value_sums, counts, index = prefix if prefix is not None else (None, None, None)
+    aggregate: tuple[Tensor | None, ...] = (None, None, None)
+    if prefix is not None:
+        aggregate = (prefix.value_sums, prefix.counts, prefix.index)
     _paged_decode_fwd[(num_heads, batch)](
         q,
         k,
@@ -58,9 +60,7 @@ def launch_paged_decode(
         pages.keys,
         pages.values,
         block_table,
-        value_sums,
-        counts,
-        index,
+        *aggregate,
         _LOG2_E / math.sqrt(head_dim),
         *q.stride()[:2],
         *k.stride()[:2],

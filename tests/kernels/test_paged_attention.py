@@ -7,7 +7,7 @@ because Triton's interpreter truncates where a GPU rounds.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -127,7 +127,9 @@ def _moved(step: Step) -> Step:
     def to(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(DEVICE)
 
-    prefix = None if step.prefix is None else PrefixAggregate(*map(to, step.prefix))
+    prefix = step.prefix
+    if prefix is not None:
+        prefix = PrefixAggregate(to(prefix.value_sums), to(prefix.counts), to(prefix.index))
     return Step(
         *map(to, (step.q, step.k, step.v, step.rotary, step.positions)),
         *(KeyValuePages(*map(to, step.pages)), to(step.block_table), prefix),
@@ -171,11 +173,12 @@ def test_heads_of_a_group_share_keys_and_values() -> None:
     step = make_step(group=2)
     check_against_fp64(step)
     spread = KeyValuePages(*(side.repeat_interleave(2, dim=1) for side in step.pages))
-    sums, counts, index = step.prefix
+    prefix = step.prefix
+    sums = prefix.value_sums.repeat_interleave(2, dim=1)
     alone = Step(
         *(step.q, step.k.repeat_interleave(2, dim=1), step.v.repeat_interleave(2, dim=1)),
         *(step.rotary, step.positions, spread, step.block_table),
-        PrefixAggregate(sums.repeat_interleave(2, dim=1), counts, index),
+        PrefixAggregate(sums, prefix.counts, prefix.index),
     )
     assert torch.equal(step.run(), alone.run())
 
@@ -316,8 +319,8 @@ def test_scores_far_from_the_prefix_score_of_zero_stay_finite() -> None:
     step.q[:] = 30.0
     step.k[0], step.k[1:] = 30.0, -30.0
     check_against_fp64(step)
-    sums, counts, _ = step.prefix
-    assert (step.run()[1] - sums[1] / counts[1]).abs().max() <= FP32_TOLERANCE
+    mean = step.prefix.value_sums[1] / step.prefix.counts[1]
+    assert (step.run()[1] - mean).abs().max() <= FP32_TOLERANCE
     assert (step.run()[2] - step.v[2]).abs().max() <= FP32_TOLERANCE
 
 
@@ -390,15 +393,15 @@ def _bad_calls() -> list[tuple[str, dict]]:
         (r"block_table: expected a contiguous", {"block_table": step.block_table[:, ::2]}),
         (
             r"prefix.value_sums: expected float32",
-            {"prefix": step.prefix._replace(value_sums=step.prefix.value_sums.bfloat16())},
+            {"prefix": replace(step.prefix, value_sums=step.prefix.value_sums.bfloat16())},
         ),
         (
             r"prefix.counts: expected shape \[3\]",
-            {"prefix": step.prefix._replace(counts=step.prefix.counts[:2])},
+            {"prefix": replace(step.prefix, counts=step.prefix.counts[:2])},
         ),
         (
             r"prefix.index: expected shape \[2\]",
-            {"prefix": step.prefix._replace(index=step.prefix.index[:1])},
+            {"prefix": replace(step.prefix, index=step.prefix.index[:1])},
         ),
     ]
 
