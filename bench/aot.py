@@ -45,6 +45,7 @@ class AotSpec:
     constexprs: Mapping[str, Any]  # every other argument
     num_warps: int
     num_stages: int
+    wants_wide_loads: bool = True  # False for a last stage that reads only a few values a program
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class AotReport:
     thread_bytes_in_flight: int  # most bytes one thread has asked for before waiting for any
     programs_per_sm: int  # as registers, threads and shared memory allow
     sm_bytes_in_flight: int  # thread bytes x threads x programs
+    wants_wide_loads: bool  # as the spec says
 
 
 def compile_spec(spec: AotSpec, arch: int) -> AotReport:
@@ -162,6 +164,7 @@ def _report(spec: AotSpec, arch: int, usage: str, sass: str, shared: int) -> Aot
         thread_bytes_in_flight=in_flight,
         programs_per_sm=programs,
         sm_bytes_in_flight=in_flight * WARP * spec.num_warps * programs,
+        wants_wide_loads=spec.wants_wide_loads,
     )
 
 

@@ -37,7 +37,7 @@ def aot() -> ModuleType:
 
 
 def report_of(aot: ModuleType, sass: str = SASS, *, registers: int = 40, stack: int = 0) -> object:
-    spec = SimpleNamespace(name="op case", num_warps=4)
+    spec = SimpleNamespace(name="op case", num_warps=4, wants_wide_loads=True)
     usage = USAGE.format(registers=registers, stack=stack)
     return aot._report(spec, 90, usage, sass, 16384)
 
