@@ -356,6 +356,28 @@ def test_a_page_beyond_two_to_the_31_elements_is_addressed() -> None:
     assert (out[0, 0].double() - expected).abs().max() <= 4 * LAST_PLACE[torch.float16]
 
 
+@pytest.mark.gpu
+def test_a_captured_step_follows_positions_and_inputs_that_change_on_the_device() -> None:
+    step = make_step(dtype=torch.bfloat16, positions=[0, 0, 0])
+    steps = torch.randn(3, *step.q.shape, device=DEVICE).bfloat16()
+    eager = step.copied_pages()
+    outs = []
+    for t in range(3):
+        step.q.copy_(steps[t])
+        step.positions.fill_(t)
+        outs.append(step.run_into(eager))
+    step.positions.fill_(0)
+    captured = step.copied_pages()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step.run_into(captured)
+    for t in range(3):
+        step.q.copy_(steps[t])
+        step.positions.fill_(t)
+        graph.replay()
+        assert torch.equal(out, outs[t])
+
+
 def _bad_calls() -> list[tuple[str, dict]]:
     step = make_step(positions=[1, 2])
     wide = torch.randn(2, HEADS, 128, device=DEVICE)
