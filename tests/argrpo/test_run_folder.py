@@ -1,0 +1,108 @@
+"""A run folder is fresh and writable, and its files are there whole or not at all."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from argrpo.config import TrainConfig
+from argrpo.config_files import parse_config
+from argrpo.run_folder import RunFolder, StorageError, config_text, write_atomically
+
+
+def test_a_new_folder_is_made_with_its_parents_and_left_empty(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "runs" / "one")
+    assert folder.path.is_dir()
+    assert list(folder.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_folder_that_holds_another_run_is_refused_and_untouched(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("kept")
+    with pytest.raises(ValueError, match=r"output_dir: expected a folder without a run, got .*"):
+        RunFolder.create(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "kept"
+
+
+def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(ValueError, match="output_dir: expected a folder, got"):
+            RunFolder.create(path)
+
+
+def test_a_folder_without_write_permission_is_refused_before_anything_runs() -> None:
+    # /proc refuses new files to everybody, root included, where permission bits would not.
+    with pytest.raises(ValueError, match="output_dir: expected a folder that can be written"):
+        RunFolder.create("/proc/argrpo")
+    with pytest.raises(ValueError, match="output_dir: expected a folder that can be written"):
+        RunFolder.create("/proc/sys")
+
+
+def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
+    made = [RunFolder.numbered(tmp_path / "demo").path.name for _ in range(3)]
+    assert made == ["demo", "demo-2", "demo-3"]
+
+
+def test_files_of_a_run_lie_where_the_design_says(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.samples(100) == tmp_path / "samples" / "step_000100.png"
+    assert folder.checkpoint(7) == tmp_path / "checkpoints" / "step_000007"
+    assert folder.report_path == tmp_path / "report.html"
+
+
+def test_only_an_empty_folder_is_discarded(tmp_path: Path) -> None:
+    empty, used = RunFolder.create(tmp_path / "empty"), RunFolder.create(tmp_path / "used")
+    (used.path / "file").touch()
+    for folder in (empty, used):
+        folder.discard_if_empty()
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+
+
+def test_a_written_file_replaces_the_one_that_stood(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    for text in ("first", "second"):
+        write_atomically(path, lambda part, text=text: part.write_text(text))
+    assert path.read_text() == "second"
+    assert [found.name for found in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_the_file_under_way_is_hidden_and_keeps_its_suffix(tmp_path: Path) -> None:
+    seen: list[str] = []
+    write_atomically(tmp_path / "grid.png", lambda part: (seen.append(part.name), part.touch()))
+    assert seen[0].startswith(".")
+    assert seen[0].endswith(".png")
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(
+    tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    path = tmp_path / "scores.json"
+    write_atomically(path, lambda part: part.write_text("old"))
+    with files_up_to(4096), pytest.raises(StorageError, match=r"scores\.json: expected room"):
+        write_atomically(path, lambda part: part.write_bytes(bytes(10_000)))
+    assert path.read_text() == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted(part: Path) -> None:
+        part.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file.txt", interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_written_config_reads_back_as_the_same_config(tmp_path: Path) -> None:
+    words = ["--config", "digits.yaml", "--optimizer.betas", "[0.8, 0.95]", "--seed", "3"]
+    config = parse_config(TrainConfig, words, command="argrpo train", lists={})
+    path = tmp_path / "config.yaml"
+    path.write_text(config_text(config))
+    again = parse_config(TrainConfig, ["--config", str(path)], command="argrpo train", lists={})
+    assert again == config
