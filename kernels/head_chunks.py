@@ -18,12 +18,13 @@ core's L2, but no fewer than 256 rows, below which the GEMM slows down.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from argrpo.kernels._checks import FLOATS, expect
 from argrpo.kernels.guided_sampling import head_logits
 from argrpo.kernels.row_softmax import row_gradient_, row_scores
 from argrpo.kernels.rows import Rows, RowScores
@@ -34,16 +35,9 @@ _CPU_LOGITS = 256 * 1024
 _CPU_MIN_ROWS = 256
 
 
-class RowScales(NamedTuple):
-    """What rows of d logits are made from."""
-
-    scores: RowScores
-    dlogprobs: Tensor  # [m] fp32
-    dentropies: Tensor | None  # [m] fp32
-
-
-# (rows of this chunk, their logits, which it leaves as they are) -> their scales
-ScaleRows: TypeAlias = Callable[[slice, Tensor], RowScales]
+# (rows of this chunk, their fp32 logits, where d loss / d logits goes: the logits themselves where
+# the weight is fp32) -> nothing; the logits need not survive
+FillGradient: TypeAlias = Callable[[slice, Tensor, Tensor], None]
 
 
 class HeadScores(torch.autograd.Function):
@@ -87,15 +81,26 @@ class HeadScores(torch.autograd.Function):
         if wants_weight:
             dweight = fp32_zeros(head_weight) if ctx.weight_grad is None else ctx.weight_grad
 
-        def scale_rows(chunk: slice, logits: Tensor) -> RowScales:
-            of_entropy = None if dentropies is None else dentropies[chunk]
-            return RowScales(scores.part(chunk), dlogprobs[chunk], of_entropy)
-
         rows = Rows(token_ids, ctx.temperature, support)
-        chunked_gradients(hidden, head_weight, rows, scale_rows, dhidden=dhidden, dweight=dweight)
+
+        def fill(chunk: slice, logits: Tensor, out: Tensor) -> None:
+            of_entropy = None if dentropies is None else dentropies[chunk]
+            given = rows.part(chunk), scores.part(chunk), dlogprobs[chunk], of_entropy
+            row_gradient_(logits, *given, out)
+
+        chunked_gradients(hidden, head_weight, fill, dhidden=dhidden, dweight=dweight)
         if dweight is not None:
             dweight = dweight.to(head_weight.dtype) if ctx.weight_grad is None else None
         return dhidden, dweight, None, None, None, None
+
+
+def check_head(hidden: Tensor, head_weight: Tensor, rows: Rows, weight_grad: Tensor | None) -> None:
+    """ValueError by name if a head cannot be walked with these arguments."""
+    expect("hidden", hidden, (None, None), FLOATS)
+    expect("head_weight", head_weight, (None, hidden.shape[1]), (hidden.dtype,))
+    rows.check(len(hidden), len(head_weight))
+    if weight_grad is not None:
+        expect("weight_grad", weight_grad, tuple(head_weight.shape), (torch.float32,))
 
 
 def fp32_zeros(weight: Tensor) -> Tensor:
@@ -114,8 +119,7 @@ def chunked_scores(hidden: Tensor, head_weight: Tensor, rows: Rows) -> RowScores
 def chunked_gradients(
     hidden: Tensor,
     head_weight: Tensor,
-    rows: Rows,
-    scale_rows: ScaleRows,
+    fill: FillGradient,
     *,
     dhidden: Tensor | None,
     dweight: Tensor | None,
@@ -125,26 +129,23 @@ def chunked_gradients(
     Either may be None.
     """
     for chunk in _split(slice(0, len(hidden)), _gradient_rows(head_weight)):
-        dlogits = _dlogits(hidden, head_weight, rows, chunk, scale_rows)
+        dlogits = _dlogits(hidden, head_weight, chunk, fill)
         if dhidden is not None:
             torch.mm(dlogits, head_weight, out=dhidden[chunk])
         if dweight is not None:
             _add_product_(dweight, dlogits.t(), hidden[chunk])
 
 
-def _dlogits(
-    hidden: Tensor, head_weight: Tensor, rows: Rows, chunk: slice, scale_rows: ScaleRows
-) -> Tensor:
+def _dlogits(hidden: Tensor, head_weight: Tensor, chunk: slice, fill: FillGradient) -> Tensor:
     """[m, V] d loss / d logits of one chunk, in the dtype of the weight."""
     if head_weight.dtype == torch.float32:
         logits = head_logits(hidden[chunk], head_weight)
-        row_gradient_(logits, rows.part(chunk), *scale_rows(chunk, logits), out=logits)
+        fill(chunk, logits, logits)
         return logits
     dlogits = hidden.new_empty(chunk.stop - chunk.start, len(head_weight))
     for part in _split(chunk, _logit_rows(head_weight)):
         logits = head_logits(hidden[part], head_weight)
-        out = dlogits[part.start - chunk.start : part.stop - chunk.start]
-        row_gradient_(logits, rows.part(part), *scale_rows(part, logits), out=out)
+        fill(part, logits, dlogits[part.start - chunk.start : part.stop - chunk.start])
         # Freed before the next product asks for it, so that both use the same lines of the L2.
         del logits
     return dlogits

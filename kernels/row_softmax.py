@@ -10,28 +10,30 @@
 A row depends on no other row. A logit of -inf is a token of probability 0; a row with a NaN, a
 +inf, or nothing above -inf gives NaN, and on a GPU so does a token id outside 0 .. V - 1.
 
-Each kernel reads a row once and keeps nothing of it. At V = 16,384 the scores read 64 KiB a row
-and write 12 bytes, with about 8 instructions and one exp a logit; the gradient reads 64 KiB and
-writes 32 KiB in bf16. For 16,384 rows that is 1.07 and 1.6 GB: 0.25 and 0.38 ms at 4.3 TB/s if it
-came from device memory, less from the L2, beside 0.87 ms a GEMM of XL at 790 TFLOP/s.
+At V = 16,384 the scores read 64 KiB a row and write 12 bytes; the gradient reads 64 KiB and writes
+32 KiB in bf16. For 16,384 rows that is 1.07 and 1.6 GB: 0.25 and 0.38 ms at 4.3 TB/s if it came
+from device memory, less from the L2, beside 0.87 ms a GEMM of XL at 790 TFLOP/s. Where the scales
+of the loss are known beforehand one launch does both, and its second read comes from L1 or L2.
 
 Source: the gradient of the entropy is that of Ahmed et al., arXiv:1811.11214, appendix.
 """
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from argrpo.kernels._checks import FLOATS, expect, uses_triton
-from argrpo.kernels.rows import Rows, RowScores
+from argrpo.kernels.row_kernels import (
+    DEPTH,
+    LANES,
+    WARPS,
+    row_gradient_bwd,
+    row_scores_and_gradient,
+    row_scores_fwd,
+)
+from argrpo.kernels.rows import FixedScales, Rows, RowScores
 
 _LOG_ZERO = -1e4  # stands for -inf beside a probability of 0: exp of it is 0 in fp32 and fp64
-_DEPTH = 8  # a tile is DEPTH x LANES logits; a thread keeps its own maximum over the depth
-_LANES = 512
-_WARPS = 4
-_LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is five
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def row_scores(logits: Tensor, rows: Rows, out: RowScores | None = None) -> RowScores:
@@ -119,27 +121,52 @@ def row_gradient_(
         out.copy_(gradient)
 
 
+def row_scores_and_gradient_(
+    logits: Tensor, rows: Rows, scales: FixedScales, out: Tensor, scores: RowScores | None = None
+) -> RowScores:
+    """`row_scores` and `row_gradient_` in one launch, for scales that are known beforehand.
+
+    Args:
+        logits: [M, V] fp32, contiguous; does not survive.
+        rows: the tokens, the temperature (above 0) and the support or None.
+        scales: of M rows.
+        out: [M, V] of any floating dtype, contiguous; may be `logits` itself.
+        scores: where to write what is returned, contiguous; None makes new tensors.
+
+    Returns:
+        `RowScores` of [M] fp32 tensors, `scores` where that is given.
+
+    Raises:
+        ValueError: a shape, dtype or the temperature is not as above.
+    """
+    _check(logits, rows)
+    scales.check(logits.shape[0])
+    expect("out", out, tuple(logits.shape), FLOATS)
+    if uses_triton(logits):
+        scores = RowScores.empty(logits.shape[0], logits.device) if scores is None else scores
+        _launch_scores_and_gradient(logits, rows, scales, scores, out)
+        return scores
+    scores = row_scores(logits, rows, scores)
+    row_gradient_(logits, rows, scores, scales.of_logprobs(scores.logprobs), scales.entropies, out)
+    return scores
+
+
 def _check(logits: Tensor, rows: Rows) -> None:
     expect("logits", logits, (None, None), (torch.float32,))
     rows.check(*logits.shape)
 
 
 def _launch_scores(logits: Tensor, rows: Rows, out: RowScores) -> None:
-    support = rows.support
-    if logits.shape[0]:
-        _row_scores_fwd[(logits.shape[0],)](
-            logits,
-            rows.token_ids,
-            support,
-            *out,
-            logits.stride(0),
-            0 if support is None else support.stride(0),
-            logits.shape[1],
-            1.0 / rows.temperature,
-            HAS_SUPPORT=support is not None,
-            DEPTH=_DEPTH,
-            LANES=_LANES,
-            num_warps=_WARPS,
+    """`row_scores` into `out`."""
+    num_rows, vocab_size = logits.shape
+    if num_rows:
+        row_scores_fwd[(num_rows,)](
+            *(logits, rows.token_ids, rows.support, *out),
+            *(logits.stride(0), _row_bytes(rows.support), vocab_size, 1.0 / rows.temperature),
+            HAS_SUPPORT=rows.support is not None,
+            DEPTH=DEPTH,
+            LANES=LANES,
+            num_warps=WARPS,
         )
 
 
@@ -151,133 +178,44 @@ def _launch_gradient(
     dentropies: Tensor | None,
     out: Tensor,
 ) -> None:
+    """`row_gradient_` into `out`; a program takes one tile of a row."""
     num_rows, vocab_size = logits.shape
-    tiles = triton.cdiv(vocab_size, _DEPTH * _LANES)
-    support = rows.support
+    tiles = triton.cdiv(vocab_size, DEPTH * LANES)
     if num_rows:
-        _row_gradient_bwd[(num_rows * tiles,)](
-            logits,
-            rows.token_ids,
-            support,
-            scores.normalisers,
-            scores.entropies,
-            dlogprobs.contiguous(),
-            None if dentropies is None else dentropies.contiguous(),
-            out,
-            logits.stride(0),
-            0 if support is None else support.stride(0),
-            vocab_size,
-            tiles,
+        row_gradient_bwd[(num_rows * tiles,)](
+            *(logits, rows.token_ids, rows.support, scores.normalisers, scores.entropies),
+            *(dlogprobs.contiguous(), _contiguous(dentropies), out),
+            *(logits.stride(0), _row_bytes(rows.support), vocab_size, tiles),
             1.0 / rows.temperature,
-            HAS_SUPPORT=support is not None,
+            HAS_SUPPORT=rows.support is not None,
             HAS_ENTROPY=dentropies is not None,
-            BLOCK=_DEPTH * _LANES,
-            num_warps=_WARPS,
+            BLOCK=DEPTH * LANES,
+            num_warps=WARPS,
         )
 
 
-@triton.jit
-def _load_row(logits_ptr, support_ptr, token_id, columns, vocab_size, HAS_SUPPORT: tl.constexpr):
-    """Logits of one row; -inf past its end and outside the support."""
-    inside = columns < vocab_size
-    x = tl.load(logits_ptr + columns, mask=inside, other=float("-inf"))
-    if HAS_SUPPORT:
-        byte = tl.load(support_ptr + columns // 8, mask=inside, other=0).to(tl.int32)
-        kept = ((byte >> (7 - columns % 8)) & 1 != 0) | (columns == token_id)
-        x = tl.where(kept, x, float("-inf"))
-    return x
+def _launch_scores_and_gradient(
+    logits: Tensor, rows: Rows, scales: FixedScales, scores: RowScores, out: Tensor
+) -> None:
+    """`row_scores_and_gradient_` into `scores` and `out`."""
+    num_rows, vocab_size = logits.shape
+    if num_rows:
+        row_scores_and_gradient[(num_rows,)](
+            *(logits, rows.token_ids, rows.support, *scores),
+            *(_contiguous(scale) for scale in scales),
+            *(out, logits.stride(0), _row_bytes(rows.support), vocab_size, 1.0 / rows.temperature),
+            HAS_SUPPORT=rows.support is not None,
+            HAS_KL=scales.kl is not None,
+            HAS_ENTROPY=scales.entropies is not None,
+            DEPTH=DEPTH,
+            LANES=LANES,
+            num_warps=WARPS,
+        )
 
 
-@triton.jit
-def _row_scores_fwd(
-    logits_ptr,
-    token_ids_ptr,
-    support_ptr,
-    logprobs_ptr,
-    entropies_ptr,
-    normalisers_ptr,
-    logits_row_stride,
-    support_row_stride,
-    vocab_size,
-    inv_temperature,
-    HAS_SUPPORT: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * logits_row_stride
-    if HAS_SUPPORT:
-        support_ptr += row * support_row_stride
-    token_id = tl.load(token_ids_ptr + row)
-    known = (token_id >= 0) & (token_id < vocab_size)
-    token_id = token_id.to(tl.int32)
-    # Each lane keeps its own maximum m, sum of e and sum of e d, with d = (x - m) / temperature in
-    # base 2 and e = 2^d: the loop needs no exchange between threads and one exponential a logit.
-    # m starts at -1e20 and not at -inf, because -inf - -inf is NaN.
-    to_base_2 = inv_temperature * _LOG2_E
-    m = tl.full([LANES], -1e20, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    weighted = tl.zeros([LANES], tl.float32)
-    tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    for start in range(0, vocab_size, DEPTH * LANES):
-        columns = start + tile
-        x = _load_row(logits_ptr, support_ptr, token_id, columns, vocab_size, HAS_SUPPORT)
-        new_m = tl.maximum(m, tl.max(x, axis=0))
-        step = (m - new_m) * to_base_2
-        shrink = tl.exp2(step)
-        d = (x - new_m[None, :]) * to_base_2
-        e = tl.exp2(d)
-        # -inf is raised to a number that exp2 takes to 0 as well, because 0 * -inf is NaN.
-        weighted = shrink * (weighted + step * total) + tl.sum(e * tl.maximum(d, -1e4), axis=0)
-        total = shrink * total + tl.sum(e, axis=0)
-        m = new_m
-    row_m = tl.max(m, axis=0)
-    step = (m - row_m) * to_base_2
-    shrink = tl.exp2(step)
-    row_total = tl.sum(shrink * total, axis=0)
-    row_weighted = tl.sum(shrink * (weighted + step * total), axis=0)
-    log_total = tl.log(row_total)
-    chosen = tl.load(logits_ptr + token_id, mask=known, other=float("nan"))
-    tl.store(logprobs_ptr + row, (chosen - row_m) * inv_temperature - log_total)
-    tl.store(entropies_ptr + row, log_total - _LN_2 * row_weighted / row_total)
-    tl.store(normalisers_ptr + row, row_m * inv_temperature + log_total)
+def _row_bytes(support: Tensor | None) -> int:
+    return 0 if support is None else support.stride(0)
 
 
-@triton.jit
-def _row_gradient_bwd(
-    logits_ptr,
-    token_ids_ptr,
-    support_ptr,
-    normalisers_ptr,
-    entropies_ptr,
-    dlogprobs_ptr,
-    dentropies_ptr,
-    out_ptr,
-    row_stride,
-    support_row_stride,
-    vocab_size,
-    tiles,
-    inv_temperature,
-    HAS_SUPPORT: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    logits_ptr += row * row_stride + first
-    out_ptr += row * row_stride + first
-    if HAS_SUPPORT:
-        support_ptr += row * support_row_stride + first // 8
-    left = vocab_size - first
-    token_offset = tl.load(token_ids_ptr + row).to(tl.int32) - first
-    x = _load_row(logits_ptr, support_ptr, token_offset, offsets, left, HAS_SUPPORT)
-    log2_p = x * (inv_temperature * _LOG2_E) - tl.load(normalisers_ptr + row) * _LOG2_E
-    of_logprob = tl.load(dlogprobs_ptr + row) * inv_temperature
-    factor = tl.full([BLOCK], 0.0, tl.float32) + of_logprob
-    if HAS_ENTROPY:
-        of_entropy = tl.load(dentropies_ptr + row) * inv_temperature
-        factor += of_entropy * tl.load(entropies_ptr + row)
-        factor += of_entropy * _LN_2 * tl.maximum(log2_p, -1e4)
-    gradient = tl.where(offsets == token_offset, of_logprob, 0.0) - tl.exp2(log2_p) * factor
-    tl.store(out_ptr + offsets, gradient.to(out_ptr.dtype.element_ty), mask=offsets < left)
+def _contiguous(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()

@@ -51,3 +51,35 @@ class RowScores(NamedTuple):
 
     def part(self, rows: slice) -> "RowScores":
         return RowScores(self.logprobs[rows], self.entropies[rows], self.normalisers[rows])
+
+
+class FixedScales(NamedTuple):
+    """d loss / d what is said of M tokens, where no scale depends on the policy's log-probs.
+
+    So it is with one update a rollout: the ratio is 1, d loss / d log-prob is minus the advantage.
+    """
+
+    logprobs: Tensor  # [M] fp32, d loss / d log-prob, the KL aside
+    kl: Tensor | None = None  # [M] fp32, d loss / d k3; needs ref_logprobs
+    ref_logprobs: Tensor | None = None  # [M] fp32, of the reference that the KL is measured to
+    entropies: Tensor | None = None  # [M] fp32, d loss / d entropy
+
+    def part(self, rows: slice) -> "FixedScales":
+        optional = (None if scale is None else scale[rows] for scale in self[1:])
+        return FixedScales(self.logprobs[rows], *optional)
+
+    def of_logprobs(self, logprobs: Tensor) -> Tensor:
+        """d loss / d log-prob, the KL included."""
+        if self.kl is None or self.ref_logprobs is None:
+            return self.logprobs
+        return self.logprobs - self.kl * torch.expm1(self.ref_logprobs - logprobs)
+
+    def check(self, num_rows: int) -> None:
+        """ValueError by name if these scales do not fit M rows."""
+        for name, scale in zip(self._fields, self, strict=True):
+            if scale is not None:
+                expect(f"scales.{name}", scale, (num_rows,), (torch.float32,), contiguous=False)
+        if (self.kl is None) != (self.ref_logprobs is None):
+            raise ValueError(
+                "scales.kl: expected ref_logprobs beside it, got one without the other"
+            )

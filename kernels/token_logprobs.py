@@ -9,38 +9,27 @@ S is the whole vocabulary, or the support that the token was drawn from. [M, V] 
 `kernels/head_chunks.py` says how a chunk lives, `kernels/row_softmax.py` what happens to a row.
 
 FLOPs: 2 M D V for each product, 4 products forward and backward, 3 where the gradients are made in
-the forward pass (`logprob_gradients`). 16,384 tokens of XL (D = 1280, V = 16,384) are 0.69 TFLOP a
-product, 0.87 ms at 790 TFLOP/s: 3.5 and 2.6 ms. Bytes that must reach device memory in bf16, three
-products: hidden states and their gradient 84 MB, the weight once a chunk of logits 1.3 GB, d logits
-written and read twice 1.6 GB, the fp32 gradient of the weight 1.3 GB; 4.3 GB or 1.0 ms at 4.3 TB/s,
-behind the arithmetic. The unfused head moves 40 bytes a logit forward and 70 backward: 30 GB.
+the forward pass (kernels/logprob_gradients.py). 16,384 tokens of XL (D = 1280, V = 16,384) are 0.69
+TFLOP a product, 0.87 ms at 790 TFLOP/s: 3.5 and 2.6 ms. Bytes that must reach device memory in
+bf16, three products: hidden states and their gradient 84 MB, the weight once a chunk of logits 1.3
+GB, d logits written once and read twice 1.6 GB, the fp32 gradient of the weight 1.3 GB; 4.3 GB or
+1.0 ms at 4.3 TB/s, behind the arithmetic. An unfused head moves 110 bytes a logit, 30 GB.
 
 Source: the chunked head is the idea of Wijmans et al., arXiv:2411.09009, without their gradient
 filter, which would drop most of the mass of image tokens.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from argrpo.kernels._checks import FLOATS, expect
 from argrpo.kernels.guided_hidden import guided_hidden, guided_hidden_reference
-from argrpo.kernels.head_chunks import (
-    HeadScores,
-    RowScales,
-    chunked_gradients,
-    chunked_scores,
-    fp32_zeros,
-)
+from argrpo.kernels.head_chunks import HeadScores, check_head, chunked_scores
 from argrpo.kernels.kl import k3
-from argrpo.kernels.row_softmax import row_scores, row_scores_reference
-from argrpo.kernels.rows import Rows, RowScores
-
-# (rows, their log-probs [m], their entropies [m]) -> d loss / d log-prob [m], d loss / d entropy
-# [m] or None for zeros; all fp32. It is called once for each chunk of rows, in order.
-LossScales: TypeAlias = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+from argrpo.kernels.row_softmax import row_scores_reference
+from argrpo.kernels.rows import Rows
 
 
 class TokenLogprobs(NamedTuple):
@@ -48,15 +37,6 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor  # [M] fp32
     entropies: Tensor  # [M] fp32, nats
-
-
-class LogprobGradients(NamedTuple):
-    """Scores of M tokens and the gradients of a loss, from one pass."""
-
-    logprobs: Tensor  # [M] fp32
-    entropies: Tensor  # [M] fp32, nats
-    dhidden: Tensor  # [M, D] in the dtype of the hidden states
-    dweight: Tensor  # [V, D] fp32
 
 
 class HeadStates(NamedTuple):
@@ -108,7 +88,7 @@ def token_logprobs(
         ValueError: a shape, dtype or the temperature is not as above.
     """
     rows = Rows(token_ids, temperature, support)
-    _check(hidden, head_weight, rows, weight_grad)
+    check_head(hidden, head_weight, rows, weight_grad)
     return TokenLogprobs(*HeadScores.apply(hidden, head_weight, *rows, weight_grad))
 
 
@@ -124,66 +104,6 @@ def token_logprobs_reference(
     logits = torch.nn.functional.linear(hidden, head_weight)
     wide = torch.promote_types(logits.dtype, torch.float32)  # fp64 stays: tests compare with it
     return TokenLogprobs(*row_scores_reference(logits.to(wide), rows)[:2])
-
-
-@torch.no_grad()
-def logprob_gradients(
-    hidden: Tensor,
-    head_weight: Tensor,
-    token_ids: Tensor,
-    loss_scales: LossScales,
-    temperature: float = 1.0,
-    support: Tensor | None = None,
-    *,
-    weight_grad: Tensor | None = None,
-) -> LogprobGradients:
-    """Scores and gradients in one pass: three products instead of four.
-
-    For losses whose scale of a row needs no other row's log-prob: a token-level ratio, not a
-    sequence-level one. Feed `dhidden` to `hidden.backward`, `dweight` to the optimizer.
-
-    Args:
-        hidden, head_weight, token_ids, temperature, support: as in `token_logprobs`.
-        loss_scales: the loss algebra, see `LossScales`. Its small launches come once a chunk of
-            512 rows (V = 16,384) and are worth keeping few.
-        weight_grad: [V, D] fp32 to which the gradient of `head_weight` is added; None starts at 0.
-
-    Returns:
-        `LogprobGradients`; `dweight` is `weight_grad` where that is given.
-
-    Raises:
-        ValueError: a shape, dtype or the temperature is not as in `token_logprobs`.
-    """
-    rows = Rows(token_ids, temperature, support)
-    _check(hidden, head_weight, rows, weight_grad)
-    dhidden = torch.empty_like(hidden)
-    dweight = fp32_zeros(head_weight) if weight_grad is None else weight_grad
-    scores = RowScores.empty(len(hidden), hidden.device)
-
-    def scale_rows(chunk: slice, logits: Tensor) -> RowScales:
-        part = row_scores(logits, rows.part(chunk), scores.part(chunk))
-        return RowScales(part, *loss_scales(chunk, part.logprobs, part.entropies))
-
-    chunked_gradients(hidden, head_weight, rows, scale_rows, dhidden=dhidden, dweight=dweight)
-    return LogprobGradients(scores.logprobs, scores.entropies, dhidden, dweight)
-
-
-def logprob_gradients_reference(
-    hidden: Tensor,
-    head_weight: Tensor,
-    token_ids: Tensor,
-    loss_scales: LossScales,
-    temperature: float = 1.0,
-    support: Tensor | None = None,
-) -> LogprobGradients:
-    """The specification: autograd through `token_logprobs_reference`."""
-    leaves = hidden.detach().requires_grad_(), head_weight.detach().requires_grad_()
-    scores = token_logprobs_reference(*leaves, token_ids, temperature, support)
-    logprobs, entropies = scores.logprobs.detach(), scores.entropies.detach()
-    dlogprobs, dentropies = loss_scales(slice(0, len(hidden)), logprobs, entropies)
-    dentropies = torch.zeros_like(entropies) if dentropies is None else dentropies
-    gradients = torch.autograd.grad(scores, leaves, (dlogprobs, dentropies))
-    return LogprobGradients(logprobs, entropies, *gradients)
 
 
 def grouped_logprob_kl(
@@ -222,14 +142,14 @@ def grouped_logprob_kl(
         raise ValueError("reference.uncond: expected the same branches as policy, got others")
     rows = _group_rows(token_ids, temperature, support)
     hidden = _mixed("policy", policy, token_ids, guidance_scale)
-    _check(hidden, policy.head_weight, rows, weight_grad)
+    check_head(hidden, policy.head_weight, rows, weight_grad)
     scores = HeadScores.apply(hidden, policy.head_weight, *rows, weight_grad)
     logprobs, entropies = (score.view(token_ids.shape) for score in scores)
     if reference is None:
         return _with_means(logprobs, entropies, None)
     with torch.no_grad():
         hidden = _mixed("reference", reference, token_ids, guidance_scale)
-        _check(hidden, reference.head_weight, rows, None)
+        check_head(hidden, reference.head_weight, rows, None)
         ref_scores = chunked_scores(hidden, reference.head_weight, rows)
     return _with_means(logprobs, entropies, ref_scores.logprobs.view(token_ids.shape))
 
@@ -256,14 +176,6 @@ def grouped_logprob_kl_reference(
 
     ref_logprobs = None if reference is None else scored(reference).logprobs.detach()
     return _with_means(*scored(policy), ref_logprobs)
-
-
-def _check(hidden: Tensor, head_weight: Tensor, rows: Rows, weight_grad: Tensor | None) -> None:
-    expect("hidden", hidden, (None, None), FLOATS)
-    expect("head_weight", head_weight, (None, hidden.shape[1]), (hidden.dtype,))
-    rows.check(len(hidden), len(head_weight))
-    if weight_grad is not None:
-        expect("weight_grad", weight_grad, tuple(head_weight.shape), (torch.float32,))
 
 
 def _group_rows(token_ids: Tensor, temperature: float, support: Tensor | None) -> Rows:

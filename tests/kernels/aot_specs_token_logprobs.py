@@ -2,17 +2,35 @@
 
 from aot import AotSpec
 
-from argrpo.kernels.row_softmax import _DEPTH, _LANES, _WARPS, _row_gradient_bwd, _row_scores_fwd
+from argrpo.kernels.row_kernels import (
+    DEPTH,
+    LANES,
+    WARPS,
+    row_gradient_bwd,
+    row_scores_and_gradient,
+    row_scores_fwd,
+)
 
-VOCAB_SIZE = 16384
+_ROW = {
+    "logits_ptr": "*fp32:16",
+    "token_ids_ptr": "*i64:16",
+    "row_stride": "i32:16",
+    "support_row_stride": "i32:16",
+    "vocab_size": "i32:16",
+    "inv_temperature": "fp32",
+}
+_FP32 = "*fp32:16"
+_SCORES = {"logprobs_ptr": _FP32, "entropies_ptr": _FP32, "normalisers_ptr": _FP32}
 
 
 def aot_specs() -> list[AotSpec]:
-    """Scores and gradients of a row, with and without a support and an entropy term."""
+    """Scores, gradients and both at once, with and without support, KL and entropy."""
     return [
-        *(_scores(has_support) for has_support in (False, True)),
+        _scores(has_support=False),
+        _scores(has_support=True),
         *(
-            _gradient(dtype, has_support, has_entropy)
+            build(dtype, has_support, has_entropy)
+            for build in (_gradient, _both)
             for dtype in ("bf16", "fp32")
             for has_support in (False, True)
             for has_entropy in (False, True)
@@ -21,46 +39,38 @@ def aot_specs() -> list[AotSpec]:
 
 
 def _scores(has_support: bool) -> AotSpec:
-    constexprs = {"HAS_SUPPORT": has_support, "DEPTH": _DEPTH, "LANES": _LANES}
-    signature = {
-        "logits_ptr": "*fp32:16",
-        "token_ids_ptr": "*i64:16",
-        "logprobs_ptr": "*fp32:16",
-        "entropies_ptr": "*fp32:16",
-        "normalisers_ptr": "*fp32:16",
-        "logits_row_stride": "i32:16",
-        "support_row_stride": "i32:16",
-        "vocab_size": "i32:16",
-        "inv_temperature": "fp32",
-    }
-    return _spec("scores", _row_scores_fwd, signature, constexprs, has_support)
+    tile = {"DEPTH": DEPTH, "LANES": LANES}
+    return _spec("scores", row_scores_fwd, {**_ROW, **_SCORES}, tile, {"support": has_support})
 
 
 def _gradient(dtype: str, has_support: bool, has_entropy: bool) -> AotSpec:
-    constexprs = {
-        "HAS_SUPPORT": has_support,
-        "HAS_ENTROPY": has_entropy,
-        "BLOCK": _DEPTH * _LANES,
-    }
     signature = {
-        "logits_ptr": "*fp32:16",
-        "token_ids_ptr": "*i64:16",
-        "normalisers_ptr": "*fp32:16",
-        "entropies_ptr": "*fp32:16",
-        "dlogprobs_ptr": "*fp32:16",
+        **_ROW,
+        "normalisers_ptr": _FP32,
+        "entropies_ptr": _FP32,
+        "dlogprobs_ptr": _FP32,
+        "dentropies_ptr": _FP32,
         "out_ptr": f"*{dtype}:16",
-        "row_stride": "i32:16",
-        "support_row_stride": "i32:16",
-        "vocab_size": "i32:16",
         "tiles": "i32",
-        "inv_temperature": "fp32",
     }
-    if has_entropy:
-        signature["dentropies_ptr"] = "*fp32:16"
-    else:
-        constexprs["dentropies_ptr"] = None
-    case = f"gradient {dtype}" + (" entropy" if has_entropy else "")
-    return _spec(case, _row_gradient_bwd, signature, constexprs, has_support)
+    parts = {"entropy": has_entropy, "support": has_support}
+    block = {"BLOCK": DEPTH * LANES}
+    return _spec(f"gradient {dtype}", row_gradient_bwd, signature, block, parts)
+
+
+def _both(dtype: str, has_support: bool, has_entropy: bool) -> AotSpec:
+    signature = {
+        **_ROW,
+        **_SCORES,
+        "of_logprobs_ptr": _FP32,
+        "of_kl_ptr": _FP32,
+        "ref_logprobs_ptr": _FP32,
+        "of_entropies_ptr": _FP32,
+        "out_ptr": f"*{dtype}:16",
+    }
+    parts = {"entropy": has_entropy, "support": has_support}
+    tile = {"HAS_KL": True, "DEPTH": DEPTH, "LANES": LANES}
+    return _spec(f"both {dtype}", row_scores_and_gradient, signature, tile, parts)
 
 
 def _spec(
@@ -68,11 +78,21 @@ def _spec(
     kernel: object,
     signature: dict[str, str],
     constexprs: dict[str, object],
-    has_support: bool,
+    parts: dict[str, bool],
 ) -> AotSpec:
-    if has_support:
-        signature["support_ptr"] = "*u8:16"
-    else:
-        constexprs["support_ptr"] = None
-    name = f"token_logprobs {case}" + (" support" if has_support else "")
-    return AotSpec(name, kernel, signature, constexprs, num_warps=_WARPS, num_stages=1)
+    """`parts` may be left out: a pointer that is None and a HAS_ flag that is False."""
+    pointers = {
+        "support": ("support_ptr", "*u8:16"),
+        "entropy": ("of_entropies_ptr" if "of_kl_ptr" in signature else "dentropies_ptr", _FP32),
+    }
+    signature, constexprs = dict(signature), dict(constexprs)
+    for part, is_there in parts.items():
+        pointer, kind = pointers[part]
+        signature.pop(pointer, None)
+        constexprs[f"HAS_{part.upper()}"] = is_there
+        if is_there:
+            signature[pointer] = kind
+        else:
+            constexprs[pointer] = None
+    name = " ".join(["token_logprobs", case, *(part for part in parts if parts[part])])
+    return AotSpec(name, kernel, signature, constexprs, num_warps=WARPS, num_stages=1)

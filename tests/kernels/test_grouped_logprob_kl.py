@@ -6,6 +6,7 @@ Tolerance in fp32: as in test_token_logprobs.py; a KL of size 1 sits on log-prob
 relative error is ten times theirs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -78,7 +79,7 @@ def make_case(
     return Case(states(), states(), torch.randint(vocab, GROUPS, device=device), support)
 
 
-def run(op, case: Case, **options) -> GroupedLogprobs:  # type: ignore[no-untyped-def]
+def run(op: Callable[..., GroupedLogprobs], case: Case, **options: object) -> GroupedLogprobs:
     settings = {"guidance_scale": SCALE, "temperature": 0.8, "support": case.support, **options}
     return op(case.policy, case.token_ids, case.reference, **settings)
 

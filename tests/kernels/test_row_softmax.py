@@ -15,8 +15,14 @@ from torch import Tensor
 from argrpo.kernels import row_softmax
 from argrpo.kernels._checks import uses_triton
 from argrpo.kernels.guided_sampling import pack_support
-from argrpo.kernels.row_softmax import row_gradient_, row_scores, row_scores_reference
-from argrpo.kernels.rows import Rows, RowScores
+from argrpo.kernels.kl import k3
+from argrpo.kernels.row_softmax import (
+    row_gradient_,
+    row_scores,
+    row_scores_and_gradient_,
+    row_scores_reference,
+)
+from argrpo.kernels.rows import FixedScales, Rows, RowScores
 
 CASES = [  # rows and codebook, temperature, part of the tokens in the support (None: all)
     ((1, 7), 1.0, None),
@@ -119,6 +125,44 @@ def test_scores_leave_the_logits_as_they_are(device: torch.device) -> None:
     before = logits.clone()
     row_scores(logits, rows)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["bf16 out", "in place"])
+@pytest.mark.parametrize("vocab_size", [999, 4097])
+def test_one_launch_gives_the_bits_of_two(
+    vocab_size: int, in_place: bool, device: torch.device
+) -> None:
+    logits, rows = make_rows((3, vocab_size), device, temperature=0.7, kept=0.3)
+    scales = FixedScales(torch.randn(3, device=device), entropies=torch.randn(3, device=device))
+    dtype = torch.float32 if in_place else torch.bfloat16
+    scores = row_scores(logits, rows)
+    expected = gradient(logits, rows, scales.logprobs, scales.entropies, dtype=dtype)
+    out = logits if in_place else torch.empty_like(logits, dtype=dtype)
+    got = row_scores_and_gradient_(logits, rows, scales, out)
+    for name, one, two in zip(got._fields, got, scores, strict=True):
+        assert torch.equal(one, two), name
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_the_scale_of_a_kl_goes_through_k3_into_the_logits(
+    with_entropy: bool, device: torch.device
+) -> None:
+    logits, rows = make_rows((3, 999), device, temperature=0.7, kept=0.3)
+    of_logprobs, of_kl, of_entropies = torch.randn(3, 3, device=device)
+    ref_logprobs = row_scores(logits, rows).logprobs + torch.randn(3, device=device)
+    scales = FixedScales(of_logprobs, of_kl, ref_logprobs, of_entropies if with_entropy else None)
+    wide = logits.double().requires_grad_()
+    want = row_scores_reference(wide, rows)
+    loss = (want.logprobs * of_logprobs + k3(want.logprobs, ref_logprobs.double()) * of_kl).sum()
+    if with_entropy:
+        loss = loss + (want.entropies * of_entropies).sum()
+    (expected,) = torch.autograd.grad(loss, wide)
+    out = torch.empty_like(logits)
+    limit = tolerance(logits / 0.7)
+    row_scores_and_gradient_(logits.clone(), rows, scales, out)
+    # As above, and a ratio of up to e^2 beside the other scales.
+    assert (out - expected).abs().max().item() <= 4 * 8 * limit / 0.7
 
 
 @pytest.mark.parametrize("vocab_size", [999, 16384])
@@ -261,3 +305,13 @@ def test_wrong_inputs_are_refused_by_name(device: torch.device) -> None:
     for name, of_logprobs, of_entropies, out in bad_gradients:
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             row_gradient_(logits, rows, scores, of_logprobs, of_entropies, out)
+    bad_scales = [
+        ("scales.logprobs", FixedScales(ones[:1])),
+        ("scales.entropies", FixedScales(ones, entropies=ones.double())),
+        ("scales.ref_logprobs", FixedScales(ones, ones, ones[:1])),
+        ("scales.kl", FixedScales(ones, kl=ones)),
+        ("scales.kl", FixedScales(ones, ref_logprobs=ones)),
+    ]
+    for name, scales in bad_scales:
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            row_scores_and_gradient_(logits, rows, scales, logits)
