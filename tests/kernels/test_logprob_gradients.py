@@ -190,6 +190,7 @@ def test_a_real_step_stays_in_a_quarter_gigabyte_and_repeats() -> None:
     token_ids = torch.randint(vocab_size, (num_rows,), device="cuda")
     scales = make_scales(torch.device("cuda"), num_rows)
     results = []
+    hidden[:8] @ weight[:8].t()  # the library takes its workspace at its first product
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
