@@ -1,0 +1,186 @@
+"""What bench_rollout.py measures: our engine's step, and the least that a step needs.
+
+A step feeds the last token of every image and draws the one at `position`, 1 to T - 1, over keys
+and values of all positions before it. Weights are random at the published sizes.
+
+Shapes: N images, T image tokens, D width, V codebook.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from argrpo.engine.kv_cache import WaveCache
+from argrpo.engine.rollout_engine import RolloutEngine
+from argrpo.engine.sampling_params import SamplingParams
+from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+
+NUM_CLASSES = 1000
+VOCAB_SIZE = 16384
+_PRODUCTS = (
+    "attention.wqkv.weight",
+    "attention.wo.weight",
+    "feed_forward.w13",
+    "feed_forward.w2.weight",
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A published policy: FoundationVision/LlamaGen at ce98ec4, autoregressive/models/gpt.py."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    ffn_dim: int
+
+
+MODELS = {
+    "B": Sizes(768, 12, 12, 2048),
+    "L": Sizes(1024, 24, 16, 2816),
+    "XL": Sizes(1280, 36, 20, 3584),
+    "XXL": Sizes(1536, 48, 24, 4096),
+    "3B": Sizes(3200, 24, 32, 8704),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The work that is the same for all contenders."""
+
+    model: str
+    image_size: int
+    images: int
+    guidance_scale: float
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.image_size // 16) ** 2
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale > 1
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(guidance_scale=self.guidance_scale)
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] int64, spread over the classes."""
+        return torch.arange(self.images, device=self.device) * 97 % NUM_CLASSES
+
+    def policy(self) -> LlamaGen:
+        """A policy of the published size with random weights."""
+        sizes = MODELS[self.model]
+        torch.manual_seed(0)
+        config = LlamaGenConfig(
+            dim=sizes.dim,
+            num_layers=sizes.num_layers,
+            num_heads=sizes.num_heads,
+            ffn_dim=sizes.ffn_dim,
+            vocab_size=VOCAB_SIZE,
+            image_size=self.image_size,
+            num_classes=NUM_CLASSES,
+        )
+        return LlamaGen(config).to(device=self.device, dtype=self.dtype).requires_grad_(False)
+
+
+class Contender(Protocol):
+    """Something that draws images."""
+
+    name: str
+
+    def prepare(self) -> None:
+        """Take the memory of a draw; keys and values of all positions are random."""
+        ...
+
+    def step(self, position: int) -> object: ...
+
+    def rollout(self) -> object:
+        """Draw all tokens of all images."""
+        ...
+
+
+class OurEngine:
+    """`RolloutEngine` on all images at once; gives log-probs and entropies beside the tokens."""
+
+    name = "argrpo"
+
+    def __init__(self, case: Case, policy: LlamaGen, *, deterministic: bool = False) -> None:
+        self._case = case
+        self.engine = RolloutEngine(policy, max_slots=case.images, deterministic=deterministic)
+
+    def prepare(self) -> None:
+        # A single step has no public name: these three are the engine's own, as a draw calls them.
+        request = self.engine._request(self._case.labels, self._case.params, 0, None, False, False)
+        assert request is not None
+        rows = torch.arange(self.engine.num_slots, device=self._case.device)
+        self._wave = self.engine._start_wave(request, rows)
+        self._wave.cache.keys.normal_()
+        self._wave.cache.values.normal_()
+        self._tokens = random_tokens(self._case, len(self._wave.rows))
+
+    @property
+    def cache(self) -> WaveCache:
+        return self._wave.cache
+
+    @torch.no_grad()
+    def step(self, position: int) -> object:
+        return self.engine._step(self._wave, self._tokens, position)
+
+    def rollout(self) -> object:
+        return self.engine.draw(self._case.labels, self._case.params, seed=0)
+
+
+class Floor:
+    """The matrix products and the attention of our step, and nothing else of it.
+
+    As the library computes them: `linear` on the policy's own weights, batched products and a
+    softmax on the engine's own cache.
+    """
+
+    name = "floor"
+
+    def __init__(self, case: Case, policy: LlamaGen, cache: WaveCache) -> None:
+        shape, width = policy.shape, policy.config.dim
+        rows = case.images * (2 if case.is_guided else 1)
+        weights = dict(policy.named_parameters())
+        self._weights = [
+            [weights[f"layers.{layer}.{name}"] for name in _PRODUCTS]
+            for layer in range(shape.num_layers)
+        ]
+        self._head = policy.head_weight
+        self._keys, self._values = cache.keys[:, :rows], cache.values[:, :rows]
+        self._wide = _random(case, rows, 1, width)
+        self._gated = _random(case, rows, 1, policy.config.ffn_dim)
+        self._mixed = _random(case, case.images, width)
+        queries = rows * shape.num_heads, 1, shape.head_dim
+        self._queries = torch.randn(queries, device=case.device, dtype=cache.keys.dtype)
+
+    @torch.no_grad()
+    def step(self, position: int) -> object:
+        for layer, (wqkv, wo, w13, w2) in enumerate(self._weights):
+            F.linear(self._wide, wqkv)
+            keys = self._keys[layer].flatten(0, 1)[:, : position + 1]
+            values = self._values[layer].flatten(0, 1)[:, : position + 1]
+            scores = torch.bmm(self._queries, keys.transpose(1, 2))
+            torch.bmm(scores.softmax(dim=-1), values)
+            F.linear(self._wide, wo)
+            F.linear(self._wide, w13)
+            F.linear(self._gated, w2)
+        return F.linear(self._mixed, self._head)
+
+
+def _random(case: Case, *size: int) -> Tensor:
+    return torch.randn(size, device=case.device, dtype=case.dtype)
+
+
+def random_tokens(case: Case, count: int) -> Tensor:
+    """[count] int64 token ids."""
+    return torch.randint(VOCAB_SIZE, (count,), device=case.device)
