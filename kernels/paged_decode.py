@@ -14,7 +14,8 @@ Bytes: 4 B H D (t + 2) in bf16; operations: 4 B H D (t + 1). XL (20 heads of 64)
 multiply-adds are 2.15e12/s at that rate, 6 % of the fp32 units: the padded 16- or 64-row tile of a
 matrix unit would be slower to feed than to skip. Bytes in flight, 2 tiles ahead x 8 KiB x 12
 programs = 196 KB a multiprocessor; 4.3 TB/s at 0.7 us of latency needs 23. Instructions (sm_90):
-337 a warp and tile and 468 around them, 67, 53, 46 % of the issue slots at t 64, 128, 256.
+338 a warp and tile and 466 around them (Triton 3.6: 318 and 532), 67, 53, 46 % of the issue slots
+at t 64, 128, 256.
 """
 
 import math
@@ -177,8 +178,8 @@ def _paged_decode_fwd(
         sums_at = value_sums_ptr + (prefix * num_heads + head) * HEAD_DIM
         sums = tl.load(sums_at + dims, mask=inside, other=0.0)
 
-    offsets = tl.arange(0, STEPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    at = offsets[:, :, None] * ROW_DIM + dims[None, None, :]
+    offsets = tl.arange(0, STEPS * ROWS)
+    at = offsets[:, None] * ROW_DIM + dims[None, :]
     # Finite, so that a row of threads without a position yet subtracts no infinities.
     top = tl.full((ROWS,), -3.0e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -186,18 +187,21 @@ def _paged_decode_fwd(
     for start in tl.range(0, position, STEPS * ROWS, num_stages=STAGES):
         base = page.to(tl.int64) * page_stride + head_at + (start % PAGE_SIZE) * ROW_DIM
         valid = offsets < position - start
-        mask = valid[:, :, None] & (dims < ROW_DIM)[None, None, :]
+        mask = valid[:, None] & (dims < ROW_DIM)[None, :]
         keys = tl.load(key_pages_ptr + base + at, mask=mask, other=0.0)
         values = tl.load(value_pages_ptr + base + at, mask=mask, other=0.0)
         following = start + STEPS * ROWS
         page = tl.load(table_ptr + following // PAGE_SIZE, mask=following < position, other=0)
-        scores = tl.sum(q[None, None, :] * keys.to(tl.float32), axis=2)
-        scores = tl.where(valid, scores, float("-inf"))
+        # Split only now: of a three-dimensional load Triton 3.6 would lay STEPS across the threads.
+        keys = tl.reshape(keys.to(tl.float32), (STEPS, ROWS, BLOCK_D))
+        scores = tl.sum(q[None, None, :] * keys, axis=2)
+        scores = tl.where(tl.reshape(valid, (STEPS, ROWS)), scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=0))
         weights = tl.exp2(scores - new_top[None, :])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, axis=0)
-        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * values.to(tl.float32), axis=0)
+        values = tl.reshape(values.to(tl.float32), (STEPS, ROWS, BLOCK_D))
+        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * values, axis=0)
         top = new_top
 
     own_score = tl.sum(q * k.to(tl.float32), axis=0)
