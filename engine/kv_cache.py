@@ -85,29 +85,29 @@ class WaveAttend:
     """
 
     def __init__(self, cache: WaveCache, num_rows: int, entry: int, rotary: Tensor) -> None:
-        self._keys = cache.keys[:, :num_rows]
-        self._values = cache.values[:, :num_rows]
-        self._entry = entry
+        keys, values = cache.keys[:, :num_rows], cache.values[:, :num_rows]
+        self._new_keys = keys[:, :, :, entry]  # [L, R, H, D]
+        self._new_values = values[:, :, :, entry]
+        # [L, R * H, entries, D] views: a slot's heads follow each other, so nothing is copied.
+        self._keys = keys.flatten(1, 2)[:, :, : entry + 1].transpose(2, 3)
+        self._values = values.flatten(1, 2)[:, :, : entry + 1]
+        log_counts = cache.log_counts[:num_rows].repeat_interleave(keys.shape[2])
+        self._bias = F.pad(log_counts[:, None, None], (0, entry))
+        self._bias_weight = int(cache.has_long_prefix)  # 0: the product does not read the bias
         self._rotary = rotary
-        self._bias: Tensor | None = None
-        if cache.has_long_prefix:
-            num_heads = self._keys.shape[2]
-            log_counts = cache.log_counts[:num_rows].repeat_interleave(num_heads)
-            self._bias = F.pad(log_counts[:, None, None], (0, entry))
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """[R, 1, 3, H, D] -> [R, 1, H * D]."""
         q, k = rotate(qkv[:, :, :2], self._rotary)[:, 0].unbind(1)
-        keys, values = self._keys[layer], self._values[layer]
-        keys[:, :, self._entry] = k
-        values[:, :, self._entry] = qkv[:, 0, 2]
-        # [R * H, entries, D] views: a slot's heads follow each other, so nothing is copied.
-        filled_keys = keys.flatten(0, 1)[:, : self._entry + 1].transpose(1, 2)
-        filled_values = values.flatten(0, 1)[:, : self._entry + 1]
-        query = q.flatten(0, 1)[:, None].to(_DTYPE) * q.shape[-1] ** -0.5
-        if self._bias is None:
-            scores = torch.bmm(query, filled_keys)
-        else:
-            scores = torch.baddbmm(self._bias, query, filled_keys)
-        out = torch.bmm(scores.softmax(dim=-1), filled_values)
+        self._new_keys[layer] = k
+        self._new_values[layer] = qkv[:, 0, 2]
+        query = q.flatten(0, 1)[:, None].to(_DTYPE)
+        scores = torch.baddbmm(
+            self._bias,
+            query,
+            self._keys[layer],
+            beta=self._bias_weight,
+            alpha=q.shape[-1] ** -0.5,
+        )
+        out = torch.bmm(scores.softmax(dim=-1), self._values[layer])
         return out.view(len(qkv), 1, -1).to(qkv.dtype)
