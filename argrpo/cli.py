@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 import argrpo
 
@@ -29,6 +28,14 @@ DONE, BUG, WRONG_INPUT, NOT_FINITE, MACHINE, STOPPED = 0, 1, 2, 70, 74, 130
 class _Command(NamedTuple):
     help: str
     run: Callable[[list[str]], None]
+
+
+class _WarningLines(logging.Handler):
+    """One plain line a warning; standard error is looked up late, because a progress bar stands in
+    for it while it runs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"argrpo: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,11 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = _top_parser().parse_args(argv)
     except SystemExit as stop:
         return _code_of(stop)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
-    )
+    logging.basicConfig(level=logging.WARNING, handlers=[_WarningLines()])
     try:
         _COMMANDS[chosen.command].run(chosen.arguments)
     except SystemExit as stop:
@@ -68,6 +71,7 @@ def _top_parser() -> argparse.ArgumentParser:
         description="Fine-tune autoregressive image models with GRPO.",
         epilog=f"commands:\n{listing}\n\n`argrpo COMMAND --help` lists the settings of one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"argrpo {argrpo.__version__}")
     parser.add_argument(
@@ -98,6 +102,9 @@ def _train(arguments: list[str]) -> None:
     lists |= {"--output.trackers": None}
     config = parse_config(TrainConfig, arguments, command="argrpo train", lists=lists)
     config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
+    # A judge of your own, my_rewards:score, may lie where the command was started. Last on the
+    # path, so that no file there hides an installed package.
+    sys.path.append(os.getcwd())
     _prepare_digits_of(config, config.cache_dir)
     for line in describe(config):
         print(line)
@@ -122,7 +129,9 @@ def _report(arguments: list[str]) -> None:
     from argrpo.report import write_report
 
     parser = argparse.ArgumentParser(
-        prog="argrpo report", description="One HTML file about a run, readable without a network."
+        prog="argrpo report",
+        description="One HTML file about a run, readable without a network.",
+        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--output", type=Path, help="the file; default: report.html in the folder")
@@ -134,7 +143,9 @@ def _doctor(arguments: list[str]) -> None:
     from argrpo.doctor import examine, show
 
     parser = argparse.ArgumentParser(
-        prog="argrpo doctor", description="What is installed here, what will be used, and why."
+        prog="argrpo doctor",
+        description="What is installed here, what will be used, and why.",
+        allow_abbrev=False,
     )
     parser.add_argument("--cache_dir", help="folder of the embedded models, if not the usual one")
     chosen = parser.parse_args(arguments)

@@ -52,6 +52,8 @@ def parse_config(
         usage=f"{command} [--config FILE.yaml] [--setting value ...]",
         description=_description(kind),
         exit_on_error=False,
+        # An abbreviation in a script means something else once a setting of that name is added.
+        allow_abbrev=False,
     )
     parser.add_argument(
         _CONFIG,

@@ -88,11 +88,16 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
         StorageError: the disk is full or refused.
     """
     started = time.monotonic()
-    assets = prepare_digits(config.cache_dir, console)
+    # First, so that a taken folder is known before minutes go into the models.
     if config.output_dir is None:
         folder = RunFolder.numbered(_DEFAULT_FOLDER)
     else:
         folder = RunFolder.create(config.output_dir)
+    try:
+        assets = prepare_digits(config.cache_dir, console)
+    except BaseException:
+        folder.discard_if_empty()
+        raise
     training = _train_config(config, folder)
     for line in describe(training):
         console.print(line, highlight=False, soft_wrap=True)

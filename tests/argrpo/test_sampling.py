@@ -1,0 +1,179 @@
+"""`argrpo sample` leaves the images that the engine drew, and refuses what it cannot draw."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip import IMAGENET_CLASSNAMES
+from PIL import Image
+from safetensors.torch import save_file
+
+from argrpo.engine.rollout_engine import RolloutEngine
+from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
+from argrpo.models.vq import VQConfig, VQTokenizer
+from argrpo.pixels import to_uint8
+from argrpo.sampling import SampleConfig, draw_samples, labels_of
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional and a text-conditional policy of 4 x 4 tokens, and their tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "vocab_size": 32}
+    grid = {"image_size": 16, "downsample": 4}
+    save_policy(LlamaGen(LlamaGenConfig(**sizes, **grid, num_classes=10)), folder / "policy")
+    text = LlamaGenConfig(**sizes, **grid, model_type="t2i", caption_dim=8, prefix_len=5)
+    save_policy(LlamaGen(text), folder / "text_policy")
+    vq = VQConfig(
+        codebook_size=32,
+        codebook_dim=8,
+        z_channels=32,
+        channels=32,
+        encoder_multipliers=(1, 1, 1),
+        decoder_multipliers=(1, 1, 1),
+        num_res_blocks=1,
+    )
+    save_tokenizer(VQTokenizer(vq), folder / "tokenizer")
+    features = {"features": torch.randn(3, 5, 8), "mask": torch.ones(3, 5, dtype=torch.int64)}
+    prompts = json.dumps(["a cat", "a dog", "a hat"])
+    save_file(features, folder / "prompts.safetensors", metadata={"prompts": prompts})
+    return folder
+
+
+@pytest.fixture
+def config(models: Path, tmp_path: Path) -> SampleConfig:
+    return SampleConfig(
+        policy=str(models / "policy"),
+        tokenizer=str(models / "tokenizer"),
+        labels=[7, 2],
+        num_images_per_prompt=3,
+        guidance_scale=2.0,
+        top_k=20,
+        seed=5,
+        device="cpu",
+        output_dir=str(tmp_path / "out"),
+    )
+
+
+def test_tokens_and_pictures_are_those_that_the_engine_draws(config: SampleConfig) -> None:
+    folder = draw_samples(config)
+    policy, tokenizer = load_policy(config.policy), load_tokenizer(config.tokenizer)
+    labels = torch.tensor([7, 7, 7, 2, 2, 2])
+    params = config.sampling_params()
+    rollout = RolloutEngine(policy, max_slots=6).draw(labels, params, seed=5)
+    assert np.array_equal(np.load(folder / "tokens.npy"), rollout.token_ids.numpy())
+    pictures = to_uint8(tokenizer.decode(rollout.token_ids)).permute(0, 2, 3, 1).numpy()
+    names = ["00000_class_0007", "00001_class_0007", "00002_class_0007"]
+    names += ["00003_class_0002", "00004_class_0002", "00005_class_0002"]
+    for name, picture in zip(names, pictures, strict=True):
+        assert np.array_equal(np.asarray(Image.open(folder / f"{name}.png")), picture)
+    files = {path.name for path in folder.iterdir()}
+    assert files == {*(f"{name}.png" for name in names), "grid.png", "tokens.npy"}
+
+
+def test_the_same_seed_draws_the_same_tokens_and_another_does_not(
+    config: SampleConfig, tmp_path: Path
+) -> None:
+    def tokens(seed: int, name: str) -> np.ndarray:
+        again = replace(config, seed=seed, output_dir=str(tmp_path / name))
+        return np.load(draw_samples(again) / "tokens.npy")
+
+    first = tokens(5, "a")
+    assert np.array_equal(first, tokens(5, "b"))
+    assert not np.array_equal(first, tokens(6, "c"))
+
+
+def test_a_class_asked_for_twice_gets_files_of_its_own(config: SampleConfig) -> None:
+    folder = draw_samples(replace(config, labels=[4, 4], num_images_per_prompt=1))
+    assert sorted(path.name for path in folder.glob("0*.png")) == [
+        "00000_class_0004.png",
+        "00001_class_0004.png",
+    ]
+
+
+def test_a_text_policy_draws_every_encoded_prompt(config: SampleConfig, models: Path) -> None:
+    text = replace(
+        config,
+        policy=str(models / "text_policy"),
+        labels=None,
+        text_features=str(models / "prompts.safetensors"),
+        num_images_per_prompt=2,
+        top_k=0,
+    )
+    folder = draw_samples(text)
+    assert np.load(folder / "tokens.npy").shape == (6, 16)
+    assert (folder / "00005_prompt_00002.png").is_file()
+
+
+def test_names_are_those_of_the_library_and_case_does_not_matter() -> None:
+    golden = IMAGENET_CLASSNAMES.index("Golden Retriever")
+    assert labels_of([" golden retriever", "Otter"], "imagenet") == [
+        golden,
+        IMAGENET_CLASSNAMES.index("otter"),
+    ]
+    assert labels_of(["seven", "zero"], "digits") == [7, 0]
+
+
+def test_an_unknown_name_is_answered_with_close_ones() -> None:
+    with pytest.raises(ValueError, match=r"got 'golden retreiver'; close: golden retriever"):
+        labels_of(["golden retreiver"], "imagenet")
+    with pytest.raises(ValueError, match=r"got 'retriever'; close: .*golden retriever"):
+        labels_of(["retriever"], "imagenet")
+    with pytest.raises(ValueError, match=r"expected a class of digits, got 'xyzzy'$"):
+        labels_of(["xyzzy"], "digits")
+
+
+def test_a_name_of_two_classes_is_refused_with_both_labels() -> None:
+    both = [i for i, name in enumerate(IMAGENET_CLASSNAMES) if name == "missile"]
+    assert len(both) == 2
+    with pytest.raises(ValueError, match=f"labels {both[0]}, {both[1]} share"):
+        labels_of(["missile"], "imagenet")
+
+
+@pytest.mark.parametrize("label", [-1, 10, 1000])
+def test_a_label_that_the_policy_has_not_is_refused_before_anything_is_made(
+    config: SampleConfig, label: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"labels: expected 0 to 9, got {label}"):
+        draw_samples(replace(config, labels=[3, label]))
+    assert not Path(str(config.output_dir)).exists()
+
+
+def test_one_way_of_saying_what_to_draw_is_asked_for(config: SampleConfig) -> None:
+    with pytest.raises(ValueError, match=r"labels: expected one of .* got 2 of them"):
+        replace(config, names=["seven"])
+    with pytest.raises(ValueError, match=r"labels: expected one of .* got 0 of them"):
+        replace(config, labels=None)
+    with pytest.raises(ValueError, match="labels: expected at least one class"):
+        replace(config, labels=[])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("temperature", -1.0), ("guidance_scale", 0.5)],
+)
+def test_a_number_out_of_range_is_refused_before_anything_is_loaded(
+    config: SampleConfig, field: str, value: float
+) -> None:
+    with pytest.raises(ValueError, match=f"{field}: expected"):
+        replace(config, policy="missing.pt", **{field: value})
+
+
+def test_samples_of_another_call_are_not_mixed_with_new_ones(config: SampleConfig) -> None:
+    folder = draw_samples(config)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="output_dir: expected a folder without samples"):
+        draw_samples(replace(config, seed=6))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_without_a_folder_each_call_makes_its_own(
+    config: SampleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = [draw_samples(replace(config, output_dir=None)).name for _ in range(2)]
+    assert made == ["samples", "samples-2"]
