@@ -1,0 +1,272 @@
+"""What a draw depends on and what it does not: slots, order, other images, memory, weights."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from argrpo.engine.conditions import TextFeatures
+from argrpo.engine.kv_cache import slot_bytes
+from argrpo.engine.rollout import Rollout
+from argrpo.engine.rollout_engine import RolloutEngine
+from argrpo.engine.sampling_params import SamplingParams
+from argrpo.kernels.guided_sampling import DrawKeys, gumbel_noise
+from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+from argrpo.models.loading import load_policy
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PLAIN = SamplingParams()
+GUIDED = SamplingParams(guidance_scale=3.0, temperature=0.9, top_k=60, top_p=0.95)
+
+# Two noisy logits this close are a tie: library products of other row counts round fp32 logits of
+# size 10 differently, each by less than half of it.
+TIE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def policy() -> LlamaGen:
+    """Two layers, 16 tokens, 512 codes, 10 classes."""
+    loaded = load_policy(GOLDEN / "llamagen_c2i" / "main.pt", image_size=64, num_heads=2)
+    return loaded.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def text_policy() -> LlamaGen:
+    """Two layers, 16 tokens, 256 codes, prompts of up to 8 positions."""
+    loaded = load_policy(GOLDEN / "llamagen_t2i" / "model.pt", image_size=64, num_heads=2)
+    return loaded.requires_grad_(False)
+
+
+def random_labels(count: int) -> Tensor:
+    return torch.randint(0, 10, (count,), generator=torch.Generator().manual_seed(3))
+
+
+def assert_same_draw(got: Rollout, expected: Rollout) -> None:
+    """Bit for bit."""
+    assert torch.equal(got.token_ids, expected.token_ids)
+    assert torch.equal(got.logprobs, expected.logprobs)
+    assert torch.equal(got.entropies, expected.entropies)
+
+
+def assert_same_draw_in_order(got: Rollout, expected: Rollout, order: Tensor) -> None:
+    """Bit for bit, where image i of `got` is image order[i] of `expected`."""
+    assert torch.equal(got.image_ids, order)
+    assert torch.equal(got.token_ids, expected.token_ids[order])
+    assert torch.equal(got.logprobs, expected.logprobs[order])
+    assert torch.equal(got.entropies, expected.entropies[order])
+
+
+def assert_same_but_for_ties(got: Rollout, expected: Rollout, policy: LlamaGen) -> None:
+    """The tie rule: an image's tokens agree up to a position where both tokens were the best two
+    and their noisy logits a tie; from there on the image goes its own way."""
+    differs = (got.token_ids != expected.token_ids).any(1).nonzero().flatten().tolist()
+    assert len(differs) <= 1 + len(got) // 50, "ties are rarer than this many differences"
+    for row in differs:
+        one = slice(row, row + 1)
+        position = int((got.token_ids[row] != expected.token_ids[row]).nonzero()[0])
+        logits = policy.logits(
+            expected.conditions[one],
+            expected.token_ids[one],
+            expected.params.guidance_scale,
+            expected.params.guidance_interval,
+        )[:, position]
+        seed, at = torch.tensor([expected.seed]), torch.tensor([position])
+        keys = DrawKeys(seed, expected.image_ids[one], at)
+        noisy = (logits / expected.params.temperature + gumbel_noise(keys, logits.shape[1]))[0]
+        drawn = torch.stack([got.token_ids[row, position], expected.token_ids[row, position]])
+        assert noisy[drawn].max() == noisy.max()
+        assert (noisy[drawn[0]] - noisy[drawn[1]]).abs() < TIE
+
+
+@pytest.mark.parametrize("params", [PLAIN, GUIDED], ids=["plain", "guided"])
+def test_the_order_of_the_images_changes_no_bit(params: SamplingParams, policy: LlamaGen) -> None:
+    labels, order = random_labels(13), torch.randperm(13)
+    engine = RolloutEngine(policy, max_slots=6)
+    rollout = engine.draw(labels, params, seed=11)
+    shuffled = engine.draw(labels[order], params, seed=11, image_ids=order)
+    assert_same_draw_in_order(shuffled, rollout, order)
+
+
+def test_the_order_of_the_images_changes_no_bit_on_two_threads() -> None:
+    """More threads cut library products, and a fused attention, into other blocks."""
+    sizes = {"dim": 128, "num_layers": 1, "num_heads": 2, "ffn_dim": 256, "vocab_size": 512}
+    policy = LlamaGen(LlamaGenConfig(**sizes, image_size=48, num_classes=10)).requires_grad_(False)
+    for parameter in policy.parameters():
+        parameter.mul_(4.0)  # from 0.02 to 0.08, which makes attention and logits uneven
+    labels, order = random_labels(13), torch.randperm(13)
+    engine = RolloutEngine(policy, max_slots=8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rollout = engine.draw(labels, PLAIN, seed=11)
+        shuffled = engine.draw(labels[order], PLAIN, seed=11, image_ids=order)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_draw_in_order(shuffled, rollout, order)
+
+
+@pytest.mark.parametrize("params", [PLAIN, GUIDED], ids=["plain", "guided"])
+def test_the_number_of_slots_changes_tokens_at_ties_alone(
+    params: SamplingParams, policy: LlamaGen
+) -> None:
+    labels = random_labels(24)
+    expected = RolloutEngine(policy, max_slots=24).draw(labels, params, seed=5)
+    for max_slots in (3, 9, 64):
+        rollout = RolloutEngine(policy, max_slots=max_slots).draw(labels, params, seed=5)
+        assert_same_but_for_ties(rollout, expected, policy)
+
+
+def test_a_deterministic_engine_draws_the_same_bits_with_any_number_of_slots(
+    policy: LlamaGen,
+) -> None:
+    labels = random_labels(20)
+    expected = RolloutEngine(policy, max_slots=20, deterministic=True).draw(labels, GUIDED, seed=5)
+    for max_slots in (1, 7, 64):
+        engine = RolloutEngine(policy, max_slots=max_slots, deterministic=True)
+        assert_same_draw(engine.draw(labels, GUIDED, seed=5), expected)
+
+
+def test_a_thousand_images_refill_64_slots() -> None:
+    small = GOLDEN / "llamagen_c2i" / "small_model.pt"
+    policy = load_policy(small, image_size=64, num_heads=2).requires_grad_(False)
+    labels = random_labels(1000)
+    engine = RolloutEngine(policy, max_slots=64)
+    rollout = engine.draw(labels, GUIDED, seed=5)
+    assert rollout.token_ids.shape == (1000, 16)
+    assert rollout.token_ids.min() >= 0 and rollout.token_ids.max() < 64
+    assert torch.equal(rollout.image_ids, torch.arange(1000))
+    assert torch.isfinite(rollout.logprobs).all() and (rollout.logprobs <= 0).all()
+    # Each image is the one that it would have been on its own.
+    for image in (0, 63, 64, 511, 999):
+        one = torch.tensor([image])
+        alone = engine.draw(labels[one], GUIDED, seed=5, image_ids=one)
+        assert torch.equal(alone.token_ids, rollout.token_ids[one])
+
+
+def test_an_engine_repeats_itself_and_holds_no_state(policy: LlamaGen) -> None:
+    labels = random_labels(6)
+    engine = RolloutEngine(policy, max_slots=4)
+    first = engine.draw(labels, GUIDED, seed=1)
+    other = engine.draw(labels, PLAIN, seed=2)
+    torch.manual_seed(123)
+    assert_same_draw(engine.draw(labels, GUIDED, seed=1), first)
+    assert_same_draw(RolloutEngine(policy, max_slots=4).draw(labels, PLAIN, seed=2), other)
+
+
+def test_seed_and_image_id_fix_the_randomness(policy: LlamaGen) -> None:
+    same_class = torch.full((6,), 4)
+    engine = RolloutEngine(policy, max_slots=6)
+    rollout = engine.draw(same_class, PLAIN, seed=1)
+    assert len(rollout.token_ids.unique(dim=0)) == 6, "images of a class differ"
+    assert not torch.equal(engine.draw(same_class, PLAIN, seed=2).token_ids, rollout.token_ids)
+    assert not torch.equal(
+        engine.draw(same_class, PLAIN, seed=1 + 2**40).token_ids, rollout.token_ids
+    ), "the upper half of the seed counts"
+    far = torch.tensor([5, 5, 5 + 2**40, 5 - 2**40, 0, 1])
+    drawn = engine.draw(same_class, PLAIN, seed=1, image_ids=far).token_ids
+    assert torch.equal(drawn[0], rollout.token_ids[5])
+    assert torch.equal(drawn[1], drawn[0]), "one id, one condition: one image"
+    assert len(drawn.unique(dim=0)) == 5, "the upper half of the id counts"
+
+
+def test_draw_iter_yields_the_draw_in_parts(policy: LlamaGen) -> None:
+    labels = random_labels(11)
+    engine = RolloutEngine(policy, max_slots=4)
+    whole = engine.draw(labels, GUIDED, seed=1, cond_logprobs=True, support=True)
+    parts = list(engine.draw_iter(labels, GUIDED, seed=1, cond_logprobs=True, support=True))
+    assert [len(part) for part in parts] == [4, 4, 3]
+    for field in ("token_ids", "logprobs", "cond_logprobs", "entropies", "support", "image_ids"):
+        joined = torch.cat([getattr(part, field) for part in parts])
+        assert torch.equal(joined, getattr(whole, field)), field
+    assert torch.equal(torch.cat([part.conditions for part in parts]), labels)
+    assert {part.params for part in parts} == {GUIDED}
+
+
+def test_parts_of_two_draws_may_be_taken_in_turns(policy: LlamaGen) -> None:
+    labels = random_labels(8)
+    engine = RolloutEngine(policy, max_slots=4)
+    guided = engine.draw_iter(labels, GUIDED, seed=1)
+    plain = engine.draw_iter(labels, PLAIN, seed=1)
+    turns = [next(guided), next(plain), next(guided), next(plain)]
+    for params, first, second in ((GUIDED, turns[0], turns[2]), (PLAIN, turns[1], turns[3])):
+        expected = engine.draw(labels, params, seed=1)
+        assert torch.equal(torch.cat([first.token_ids, second.token_ids]), expected.token_ids)
+
+
+def test_a_rollout_says_how_it_was_drawn(policy: LlamaGen) -> None:
+    labels = random_labels(3)
+    engine = RolloutEngine(policy, max_slots=4)
+    rollout = engine.draw(labels, GUIDED, seed=9)
+    assert (rollout.params, rollout.seed) == (GUIDED, 9)
+    assert torch.equal(rollout.conditions, labels)
+    assert rollout.token_ids.dtype == rollout.image_ids.dtype == torch.int64
+    assert rollout.logprobs.dtype == rollout.entropies.dtype == torch.float32
+    assert rollout.cond_logprobs is None and rollout.support is None, "only when asked for"
+    assert engine.draw(labels, PLAIN, seed=9, support=True).support is None, "nothing is cut"
+
+
+@pytest.mark.parametrize("kind", ["labels", "prompts"])
+def test_no_images_give_an_empty_rollout(
+    kind: str, policy: LlamaGen, text_policy: LlamaGen
+) -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    prompts = TextFeatures(torch.ones(3, 8, 32), torch.ones(3, 8), none)
+    engine = RolloutEngine(policy if kind == "labels" else text_policy, max_slots=4)
+    conditions = none if kind == "labels" else prompts
+    rollout = engine.draw(conditions, GUIDED, seed=0)
+    assert len(rollout) == 0
+    assert rollout.token_ids.shape == rollout.logprobs.shape == rollout.entropies.shape == (0, 16)
+    assert rollout.token_ids.dtype == torch.int64
+    assert list(engine.draw_iter(conditions, GUIDED, seed=0)) == []
+
+
+def test_kv_bytes_bound_the_slots_and_change_no_image(policy: LlamaGen) -> None:
+    labels = random_labels(12)
+    one = slot_bytes(policy.shape, num_branches=2)
+    expected = RolloutEngine(policy, max_slots=12).draw(labels, GUIDED, seed=5)
+    for room, num_slots in ((1, 1), (3, 3), (9, 8), (100, 12)):
+        engine = RolloutEngine(policy, max_slots=12, kv_bytes=room * one)
+        assert engine.num_slots == num_slots
+        assert_same_but_for_ties(engine.draw(labels, GUIDED, seed=5), expected, policy)
+    with pytest.raises(ValueError, match=rf"kv_bytes: expected at least {one} .* got {one - 1}"):
+        RolloutEngine(policy, max_slots=12, kv_bytes=one - 1)
+    with pytest.raises(ValueError, match=r"kv_bytes: expected room for 8 images .* which hold 4"):
+        RolloutEngine(policy, max_slots=12, kv_bytes=5 * one, deterministic=True)
+
+
+def test_the_next_draw_uses_the_new_weights(policy: LlamaGen) -> None:
+    trained = copy.deepcopy(policy).requires_grad_(True)
+    labels = random_labels(6)
+    engine = RolloutEngine(trained, max_slots=4)
+    before = engine.draw(labels, GUIDED, seed=1)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+    trained.logprobs(labels, before.token_ids, PLAIN).mean().neg().backward()
+    optimizer.step()
+    after = engine.draw(labels, GUIDED, seed=1)
+    assert not torch.equal(after.token_ids, before.token_ids)
+    assert_same_draw(after, RolloutEngine(trained, max_slots=4).draw(labels, GUIDED, seed=1))
+    assert not after.logprobs.requires_grad
+
+
+def test_the_unconditional_half_is_dropped_after_the_interval(policy: LlamaGen) -> None:
+    """Rows that go through the trunk, of an engine of 8 slots."""
+    rows: list[int] = []
+    hook = policy.layers[0].register_forward_hook(lambda _, inputs, out: rows.append(len(out)))
+
+    def steps(params: SamplingParams) -> list[int]:
+        rows.clear()
+        RolloutEngine(policy, max_slots=8).draw(random_labels(8), params, seed=0)
+        return rows[-15:]  # token 0 comes from the prefixes, before
+
+    try:
+        assert steps(SamplingParams()) == [8] * 15
+        assert steps(SamplingParams(guidance_scale=2.0)) == [16] * 15
+        # Interval i guides tokens 0 to i + 1: i + 1 of the steps, since token 0 needs none.
+        for interval in (0, 4, 14):
+            params = SamplingParams(guidance_scale=2.0, guidance_interval=interval)
+            guided = interval + 1
+            assert steps(params) == [16] * guided + [8] * (15 - guided)
+    finally:
+        hook.remove()
