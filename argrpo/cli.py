@@ -115,13 +115,15 @@ def _train(arguments: list[str]) -> None:
 
 def _sample(arguments: list[str]) -> None:
     from argrpo.config_files import parse_config
+    from argrpo.progress import stage_progress
     from argrpo.sampling import SampleConfig, draw_samples
 
     lists = {"--labels": None, "--names": None, "--prompts": None}
     config = parse_config(SampleConfig, arguments, command="argrpo sample", lists=lists)
     config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
     _prepare_digits_of(config, config.cache_dir)
-    folder = draw_samples(config)
+    with stage_progress(Console()) as report:
+        folder = draw_samples(config, report)
     print(f"{folder}: one PNG file an image, grid.png, tokens.npy")
 
 

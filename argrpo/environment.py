@@ -131,5 +131,8 @@ def _cpuinfo(key: str) -> str | None:
 
 def _git(root: Path, *words: str) -> str | None:
     command = ["git", "-C", str(root), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -21,7 +21,14 @@ from argrpo.config import TrainConfig
 from argrpo.run_folder import RunFolder
 from argrpo.step_clock import PHASES
 
+Report = Callable[[str, int, int], None]
+"""Called with a stage's name, what is done of it, and how much that is in all."""
+
 _PLAIN_LINES = 20  # lines of a whole run where nobody watches a bar
+
+
+def unreported(stage: str, done: int, total: int) -> None:
+    """Show nothing."""
 
 
 class ProgressTracker:
@@ -108,8 +115,8 @@ def _phases_in_words(metrics: dict[str, float]) -> str:
 
 
 @contextmanager
-def stage_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A callable (stage, steps done, steps in all) that shows stages, one bar or line each.
+def stage_progress(console: Console) -> Iterator[Report]:
+    """Shows stages, one bar or plain line each.
 
     Nothing is shown before the first call.
     """
@@ -128,7 +135,7 @@ def stage_progress(console: Console) -> Iterator[Callable[[str, int, int], None]
             if console.is_terminal:
                 bars.start()
             else:
-                console.print(f"{stage}: {total} steps", highlight=False)
+                console.print(f"{stage}: {total} to do", highlight=False)
         bars.update(tasks[stage], completed=done)
 
     try:

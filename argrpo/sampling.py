@@ -16,7 +16,10 @@ from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.image_files import save_grid, save_image
 from argrpo.model_paths import resolve_path
+from argrpo.models.llamagen import LlamaGen
 from argrpo.models.loading import load_policy, load_tokenizer
+from argrpo.models.vq import VQTokenizer
+from argrpo.progress import Report, unreported
 from argrpo.run_folder import RunFolder, write_atomically
 from argrpo.trainer import choose_device
 
@@ -102,9 +105,10 @@ class SampleConfig:
                 "labels: expected one of labels, names and text_features, "
                 f"got {sum(choice is not None for choice in given)} of them"
             )
-        for name in ("num_images_per_prompt", "decode_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("num_images_per_prompt", "decode_batch", "max_slots"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
         if self.labels == [] or self.names == []:
             raise ValueError("labels: expected at least one class, got none")
         # Refused here and not after minutes of loading.
@@ -121,38 +125,35 @@ class SampleConfig:
         )
 
 
-def draw_samples(config: SampleConfig) -> Path:
+def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
     """Draw the images and write them; returns their folder.
+
+    Args:
+        config: what to draw.
+        report: told ("images", drawn so far, in all).
 
     Raises:
         ValueError: a model, a label or a name does not fit; the message names it.
         FileNotFoundError: a path is not there.
         StorageError: the disk is full or refused.
     """
-    device = choose_device(config.device)
-    policy = load_policy(
-        resolve_path(config.policy, config.cache_dir),
-        image_size=config.image_size,
-        num_heads=config.num_heads,
-        downsample=config.downsample,
-        device=device,
-        dtype=_DTYPES[config.dtype],
-    )
-    tokenizer = load_tokenizer(
-        resolve_path(config.tokenizer, config.cache_dir),
-        device=device,
-        dtype=_DTYPES[config.dtype],
-    )
+    policy, tokenizer = _models(config)
     conditions, names = _conditions(config)
     policy.check_conditions(conditions)
     num_images = len(names) * config.num_images_per_prompt
     engine = RolloutEngine(policy, max_slots=config.max_slots or min(_SLOTS, num_images))
     # Made before the draw, so that a folder that cannot be written is known at once.
     folder = _folder(config)
+    token_ids: list[Tensor] = []
+    images: list[Tensor] = []
+    report("images", 0, num_images)
     try:
-        rollout = engine.draw(conditions, config.sampling_params(), seed=config.seed)
-        images = tokenizer.decode(rollout.token_ids, decode_batch=config.decode_batch)
-        _write(folder.path, images.float(), rollout.token_ids, names, config)
+        for part in engine.draw_iter(conditions, config.sampling_params(), seed=config.seed):
+            decoded = tokenizer.decode(part.token_ids, decode_batch=config.decode_batch)
+            images.append(decoded.float().cpu())
+            token_ids.append(part.token_ids.cpu())
+            report("images", sum(map(len, images)), num_images)
+        _write(folder.path, torch.cat(images), torch.cat(token_ids), names, config)
     finally:
         folder.discard_if_empty()
     return folder.path
@@ -166,6 +167,20 @@ def labels_of(names: list[str], source: str) -> list[int]:
     """
     known = [name.casefold() for name in class_names(source)]
     return [_label_of(name, known, source) for name in names]
+
+
+def _models(config: SampleConfig) -> tuple[LlamaGen, VQTokenizer]:
+    device, dtype = choose_device(config.device), _DTYPES[config.dtype]
+    policy = load_policy(
+        resolve_path(config.policy, config.cache_dir),
+        image_size=config.image_size,
+        num_heads=config.num_heads,
+        downsample=config.downsample,
+        device=device,
+        dtype=dtype,
+    )
+    tokenizer_path = resolve_path(config.tokenizer, config.cache_dir)
+    return policy, load_tokenizer(tokenizer_path, device=device, dtype=dtype)
 
 
 def _label_of(name: str, known: list[str], source: str) -> int:
@@ -216,5 +231,4 @@ def _write(
     for row, image in enumerate(images):
         save_image(image, folder / f"{row:05d}_{names[row // repeats]}.png")
     save_grid(images, folder / "grid.png", columns=repeats if len(names) > 1 else None)
-    tokens = token_ids.cpu().numpy()
-    write_atomically(folder / "tokens.npy", lambda part: np.save(part, tokens))
+    write_atomically(folder / "tokens.npy", lambda part: np.save(part, token_ids.numpy()))

@@ -87,6 +87,17 @@ def test_the_same_seed_draws_the_same_tokens_and_another_does_not(
     assert not np.array_equal(first, tokens(6, "c"))
 
 
+def test_more_images_than_slots_are_the_same_images_and_are_told_as_they_come(
+    config: SampleConfig, tmp_path: Path
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    few = replace(config, max_slots=4, output_dir=str(tmp_path / "few"))
+    tokens = np.load(draw_samples(few, lambda *words: told.append(words)) / "tokens.npy")
+    # Rows come in fours inside the engine, so 4 slots and 6 round alike.
+    assert np.array_equal(tokens, np.load(draw_samples(config) / "tokens.npy"))
+    assert told == [("images", 0, 6), ("images", 4, 6), ("images", 6, 6)]
+
+
 def test_a_class_asked_for_twice_gets_files_of_its_own(config: SampleConfig) -> None:
     folder = draw_samples(replace(config, labels=[4, 4], num_images_per_prompt=1))
     assert sorted(path.name for path in folder.glob("0*.png")) == [
@@ -154,7 +165,16 @@ def test_one_way_of_saying_what_to_draw_is_asked_for(config: SampleConfig) -> No
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("temperature", -1.0), ("guidance_scale", 0.5)],
+    [
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("temperature", -1.0),
+        ("guidance_scale", 0.5),
+        ("max_slots", 0),
+        ("decode_batch", 0),
+        ("num_images_per_prompt", 0),
+    ],
 )
 def test_a_number_out_of_range_is_refused_before_anything_is_loaded(
     config: SampleConfig, field: str, value: float

@@ -246,7 +246,7 @@ def test_stages_of_a_preparation_are_named_once_in_a_log_file() -> None:
         for done in range(1, 4):
             show("tokenizer", done, 3)
         show("base policy", 1, 2)
-    assert stream.getvalue().splitlines() == ["tokenizer: 3 steps", "base policy: 2 steps"]
+    assert stream.getvalue().splitlines() == ["tokenizer: 3 to do", "base policy: 2 to do"]
 
 
 def test_a_preparation_with_nothing_to_do_shows_nothing() -> None:
