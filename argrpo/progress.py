@@ -95,7 +95,11 @@ class ProgressTracker:
 
 def headline(metrics: dict[str, float]) -> list[tuple[str, str]]:
     """The few metrics that a person follows, named and formatted, as far as they are there."""
-    shown = {"reward": "reward", "kl": "kl", "entropy/draw": "entropy", "learning_rate": "lr"}
+    shown = {"reward": "reward"}
+    for key in metrics:
+        if key.startswith("monitors/") and key.endswith("/mean"):
+            shown[key] = key.removeprefix("monitors/").removesuffix("/mean")
+    shown |= {"kl": "kl", "entropy/draw": "entropy", "learning_rate": "lr"}
     return [(label, f"{metrics[key]:.4g}") for key, label in shown.items() if key in metrics]
 
 
