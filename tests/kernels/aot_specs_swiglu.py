@@ -1,4 +1,4 @@
-"""What the compile report builds of swiglu: the feed-forward widths of GPT-B (whole blocks) and XL (half a block over)."""
+"""What the compile report builds of swiglu: whole blocks (GPT-B) and half a block over (XL)."""
 
 from aot import AotSpec
 
