@@ -1,5 +1,6 @@
 """Measuring several contenders in one process, fairly: turns, peak memory, who else was working."""
 
+import ctypes
 import os
 import statistics
 import time
@@ -62,6 +63,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
             return
+        # What earlier work freed goes back to the system first, or it would be taken again unseen.
+        ctypes.CDLL(None).malloc_trim(0)
         # Puts this process's high-water mark back to what it holds now (proc_pid_clear_refs(5)).
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         self._before = _status_bytes("VmRSS")
