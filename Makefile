@@ -65,7 +65,8 @@ bench: $(STAMP)
 # Machines with a GPU often bring their own torch: the environment is used where it stands, else
 # the python on PATH, into which argrpo was installed by `pip install --no-deps -e .`.
 gpu:
-	@python=python3
+	@test -e bench/gpu_suite.py || { echo "make gpu: bench/gpu_suite.py is still to come (README, last section)"; exit 2; }
+	python=python3
 	if [ -e $(STAMP) ]; then python=$(BIN)/python; fi
 	"$$python" bench/gpu_suite.py --minutes 9
 

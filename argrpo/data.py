@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from argrpo.config import DataConfig
@@ -41,14 +41,17 @@ class PromptSet:
         Every prompt comes once before any comes again. Depends on (seed, step) alone, so a run
         that starts again at a step sees the same prompts.
         """
-        first = step * count
-        rows = [self._at(seed, first + offset) for offset in range(count)]
+        first, last = step * count, (step + 1) * count
+        size = len(self.prompts)
+        rows: list[int] = []
+        for epoch in range(first // size, -(-last // size)):
+            begin, end = max(first - epoch * size, 0), min(last - epoch * size, size)
+            rows += self._shuffled(seed, epoch)[begin:end]
         return [self.prompts[row] for row in rows]
 
-    def _at(self, seed: int, index: int) -> int:
-        epoch, place = divmod(index, len(self.prompts))
+    def _shuffled(self, seed: int, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        return int(torch.randperm(len(self.prompts), generator=generator)[place])
+        return torch.randperm(len(self.prompts), generator=generator).tolist()
 
     def conditions(self, prompts: list[Prompt], repeats: int) -> Conditions:
         """Conditions of `repeats` consecutive images of each prompt, in order."""
@@ -96,20 +99,26 @@ def class_names(source: str) -> list[str]:
 def _load_text_features(path: Path) -> PromptSet:
     if not path.is_file():
         raise FileNotFoundError(f"data.text_features: expected a file, got {path}")
-    with safe_open(path, framework="pt") as file:
-        missing = {"features", "mask"} - set(file.keys())
-        texts = json.loads((file.metadata() or {}).get("prompts", "[]"))
-        if missing or not texts:
-            lacking = sorted(missing) or ["prompts (metadata)"]
-            raise ValueError(
-                "data.text_features: expected tensors features and mask and prompts as a JSON list "
-                f"in the metadata, got a file without {', '.join(lacking)}"
-            )
-        features = TextFeatures(file.get_tensor("features"), file.get_tensor("mask"))
+    wanted = (
+        "data.text_features: expected a safetensors file with features [P, L, C], mask [P, L] and "
+        f"prompts, a JSON list of P strings, in its metadata; got {path}"
+    )
+    try:
+        with safe_open(path, framework="pt") as file:
+            texts = json.loads((file.metadata() or {}).get("prompts", "[]"))
+            missing = {"features", "mask"} - set(file.keys())
+            if missing:
+                raise ValueError(f"{wanted} without {', '.join(sorted(missing))}")
+            features = TextFeatures(file.get_tensor("features"), file.get_tensor("mask"))
+    except SafetensorError as error:
+        raise ValueError(f"{wanted}, which cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{wanted}, whose prompts are no JSON: {error}") from error
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{wanted}, whose prompts are no list of strings")
     if len(texts) != len(features.features):
         raise ValueError(
-            f"data.text_features: expected {len(features.features)} prompts in the metadata, "
-            f"got {len(texts)}"
+            f"{wanted} with {len(texts)} prompts for {len(features.features)} features"
         )
     prompts = [Prompt(text, prompt_id=i) for i, text in enumerate(texts)]
     return PromptSet(prompts, features)

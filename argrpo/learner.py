@@ -96,7 +96,8 @@ class Learner:
             parts = [self._accumulate(experience, rows) for rows in self._micro_batches()]
             if epoch == 0:
                 mismatch = _draw_mismatch(experience.rollout, parts)
-            grad_norm = self._step_optimizer(step)
+            # Without a single score only old momentum would move the weights.
+            grad_norm = self._step_optimizer(step) if experience.scale.num_tokens else 0.0
         metrics = parts[0].metrics
         for part in parts[1:]:
             metrics = metrics.merged(part.metrics)

@@ -76,8 +76,9 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run has begun here."""
-        return self.config_path.exists() or self.metrics_path.exists()
+        """Whether a run has finished a step here. One that failed before may be tried again."""
+        begun = self.metrics_path.is_file() and self.metrics_path.stat().st_size > 0
+        return begun or (self.path / "checkpoints").exists()
 
     @property
     def config_path(self) -> Path:

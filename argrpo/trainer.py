@@ -26,9 +26,8 @@ from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.image_files import save_grid
 from argrpo.learner import Learner
 from argrpo.model_paths import resolve_path
-from argrpo.models.llamagen import LlamaGen
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
-from argrpo.models.vq import VQTokenizer
+from argrpo.models.pairing import check_pair
 from argrpo.pixels import seen_by_judges
 from argrpo.rewards.scoring import Judges, Scores
 from argrpo.run_folder import RunFolder
@@ -69,7 +68,7 @@ class Trainer:
         self._folder = RunFolder.create(config.output_dir)
         try:
             self._load()
-        except Exception:
+        except BaseException:
             self._folder.discard_if_empty()
             raise
 
@@ -88,8 +87,9 @@ class Trainer:
             device=self._device,
             dtype=_DTYPES[config.tokenizer.dtype],
         )
-        _check_fit(self.policy, self._tokenizer)
+        check_pair(self.policy, self._tokenizer)
         self._prompts = load_prompts(config.data)
+        self.policy.check_conditions(self._prompts.conditions(self._prompts.prompts, repeats=1))
         self._judges = Judges(config, self._device)
         slots = min(config.max_slots or config.images_per_step, config.images_per_step)
         self.engine = RolloutEngine(self.policy, max_slots=slots)
@@ -102,10 +102,10 @@ class Trainer:
             NonFiniteError: a gradient stopped being a number.
         """
         self._warn_of_mismatch()
-        for tracker in self._trackers:
-            tracker.start(self.config, self._folder)
         metrics: dict[str, float] = {}
         try:
+            for tracker in self._trackers:
+                tracker.start(self.config, self._folder)
             self._show_samples(0)
             for step in range(self.config.num_steps):
                 metrics = self._train_step(step)
@@ -207,18 +207,3 @@ def draw_seed(run_seed: int, step: int) -> int:
     """The seed of a step's draw: 64 bits hashed from the run's seed and the step."""
     digest = hashlib.blake2b(f"draw {run_seed} {step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _check_fit(policy: LlamaGen, tokenizer: VQTokenizer) -> None:
-    """A policy and a tokenizer that speak of the same codes and the same pixels."""
-    codes = tokenizer.config.codebook_size
-    if codes != policy.config.vocab_size:
-        raise ValueError(
-            f"tokenizer.path: expected a codebook of {policy.config.vocab_size}, as the policy "
-            f"has, got {codes}"
-        )
-    if tokenizer.downsample != policy.config.downsample:
-        raise ValueError(
-            f"policy.downsample: expected {tokenizer.downsample}, as the tokenizer has, "
-            f"got {policy.config.downsample}"
-        )

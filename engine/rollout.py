@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argrpo.engine.conditions import Conditions
+from argrpo.engine.conditions import Conditions, moved_to
 from argrpo.engine.sampling_params import SamplingParams
 
 
@@ -28,19 +28,25 @@ class Rollout:
         return len(self.token_ids)
 
 
-def empty(conditions: Conditions, params: SamplingParams, seed: int, num_tokens: int) -> Rollout:
+def empty(
+    conditions: Conditions,
+    params: SamplingParams,
+    seed: int,
+    num_tokens: int,
+    device: torch.device,
+) -> Rollout:
     """A rollout of no images."""
-    none = torch.empty(0, num_tokens)
+    none = torch.empty(0, num_tokens, device=device)
     return Rollout(
         token_ids=none.long(),
         logprobs=none,
         cond_logprobs=None,
         entropies=none,
         support=None,
-        conditions=conditions,
+        conditions=moved_to(conditions, device),
         params=params,
         seed=seed,
-        image_ids=torch.empty(0, dtype=torch.int64),
+        image_ids=torch.empty(0, dtype=torch.int64, device=device),
     )
 
 

@@ -138,9 +138,10 @@ class RolloutEngine:
                 support=support,
             )
         )
+        device = self._policy.head_weight.device
         if not parts:
-            return empty(conditions, params, seed, self._policy.shape.num_image_tokens)
-        return concatenate(parts, conditions)
+            return empty(conditions, params, seed, self._policy.shape.num_image_tokens, device)
+        return concatenate(parts, moved_to(conditions, device))
 
     def draw_iter(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argrpo.engine.attention import Attend, CausalAttend, prefix_allowed
-from argrpo.engine.conditions import Conditions, TextFeatures
+from argrpo.engine.conditions import Conditions, TextFeatures, moved_to
 from argrpo.engine.policy import PolicyShape, Prefix
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.kernels.guided_sampling import filter_mask, head_logits, mix_hidden, pack_support
@@ -214,6 +214,7 @@ class LlamaGen(nn.Module):
         self, conditions: Conditions, token_ids: Tensor, params: SamplingParams
     ) -> Tensor:
         """[N, T, D] hidden states that the head turns into the (mixed) logits of a draw."""
+        conditions = moved_to(conditions, token_ids.device)
         self.check_conditions(conditions)
         self._check_token_ids(conditions, token_ids)
         cond = self.hidden(conditions, token_ids)
@@ -248,8 +249,9 @@ class LlamaGen(nn.Module):
         """[N * T, ceil(V / 8)] uint8 kept sets, found from the logits a chunk at a time."""
         parts = []
         for chunk in hidden.split(_SUPPORT_CHUNK):
-            scaled = head_logits(chunk, self.head_weight) / params.temperature
-            parts.append(pack_support(filter_mask(scaled, params.top_k, params.top_p)))
+            logits = head_logits(chunk, self.head_weight)
+            kept = filter_mask(logits, params.top_k, params.top_p, params.temperature)
+            parts.append(pack_support(kept))
         return torch.cat(parts)
 
 

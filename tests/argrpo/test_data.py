@@ -59,15 +59,26 @@ def test_encoded_prompts_are_shared_by_their_images(tmp_path) -> None:
 
 
 def test_features_without_their_prompts_are_refused(tmp_path) -> None:
-    _write_features(tmp_path / "f.safetensors", 3, ["a cat"])
-    config = DataConfig(text_features=str(tmp_path / "f.safetensors"))
-    with pytest.raises(ValueError, match="expected 3 prompts in the metadata, got 1"):
-        load_prompts(config)
-    save_file({"mask": torch.ones(3, 5)}, tmp_path / "f.safetensors")
-    with pytest.raises(ValueError, match=r"got a file without features"):
-        load_prompts(config)
+    path = tmp_path / "f.safetensors"
+    config = DataConfig(text_features=str(path))
     with pytest.raises(FileNotFoundError, match=r"data\.text_features: expected a file"):
-        load_prompts(DataConfig(text_features=str(tmp_path / "none.safetensors")))
+        load_prompts(config)
+    _write_features(path, 3, ["a cat"])
+    with pytest.raises(ValueError, match="with 1 prompts for 3 features"):
+        load_prompts(config)
+    tensors = {"features": torch.randn(1, 5, 8), "mask": torch.ones(1, 5)}
+    save_file(tensors, path, metadata={"prompts": '{"a": 1}'})
+    with pytest.raises(ValueError, match="prompts are no list of strings"):
+        load_prompts(config)
+    save_file(tensors, path, metadata={"prompts": "[a cat]"})
+    with pytest.raises(ValueError, match="prompts are no JSON"):
+        load_prompts(config)
+    save_file({"mask": torch.ones(3, 5)}, path)
+    with pytest.raises(ValueError, match="without features"):
+        load_prompts(config)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"data\.text_features: .* which cannot be read"):
+        load_prompts(config)
 
 
 def test_drawing_is_independent_of_how_many_prompts_a_step_takes() -> None:

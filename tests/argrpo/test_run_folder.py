@@ -17,7 +17,7 @@ def test_a_new_folder_is_made_with_its_parents_and_left_empty(tmp_path: Path) ->
     assert list(folder.path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
 def test_a_folder_that_holds_another_run_is_refused_and_untouched(
     tmp_path: Path, name: str
 ) -> None:
@@ -26,6 +26,12 @@ def test_a_folder_that_holds_another_run_is_refused_and_untouched(
         RunFolder.create(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "kept"
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("written before the first step")
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert RunFolder.create(tmp_path).path == tmp_path
 
 
 def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ def sometimes_missing(images: Tensor, prompts: list[Prompt]) -> Tensor:
     return scores
 
 
+def never_scored(images: Tensor, prompts: list[Prompt]) -> Tensor:
+    return torch.full((len(prompts),), torch.nan)
+
+
 def infinite(images: Tensor, prompts: list[Prompt]) -> Tensor:
     return brighter_left(images, prompts) / 0
 
@@ -233,6 +237,28 @@ def test_a_bf16_working_copy_trains_on_fp32_masters(models: Path, tmp_path: Path
     trainer, recorder = _run(config, tmp_path / "run")
     assert trainer.policy.head_weight.dtype == torch.bfloat16
     assert trainer.policy.rotary.dtype == torch.float32
+    assert recorder.rows[1]["kl"] > 0
+
+
+def test_a_step_without_a_single_score_moves_nothing(models: Path, tmp_path: Path) -> None:
+    trainer, recorder = _run(_config(models, "never_scored"), tmp_path / "run")
+    base = load_policy(models / "policy")
+    assert torch.equal(trainer.policy.head_weight, base.head_weight)
+    assert recorder.rows[-1]["optimizer_step"] == 0
+
+
+def test_a_prompt_that_the_policy_cannot_draw_is_refused_before_the_first_step(
+    models: Path, tmp_path: Path
+) -> None:
+    config = replace(_config(models), data=DataConfig(names="imagenet"))
+    with pytest.raises(ValueError, match="labels: expected 0 to 9, got 10"):
+        Trainer(replace(config, output_dir=str(tmp_path / "run")), [])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_takes_conditions_from_the_cpu(models: Path, tmp_path: Path) -> None:
+    _, recorder = _run(replace(_config(models), device="cuda"), tmp_path / "run")
     assert recorder.rows[1]["kl"] > 0
 
 
