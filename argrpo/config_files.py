@@ -4,6 +4,7 @@ jsonargparse does the parsing; this file adds what it leaves to its callers: pre
 clear line for what is wrong, and lists as people type them.
 """
 
+import dataclasses
 import difflib
 import json
 import re
@@ -12,9 +13,9 @@ from contextlib import suppress
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 _CONFIG = "--config"
 
@@ -39,7 +40,7 @@ def parse_config(
         arguments: the command line behind the command's name.
         command: how help calls the program, as `argrpo train`.
         lists: flags that take several values in a row, as --labels 207 360; where a value is a
-            record, the key that a bare word stands for.
+            record, the key that a bare word stands for. A flag replaces the whole list of a file.
 
     Raises:
         ValueError: a flag, key or value that the config does not take; one line.
@@ -66,8 +67,7 @@ def parse_config(
         parsed = parser.parse_args(_with_presets(joined))
     except ArgumentError as error:
         raise ValueError(_in_one_line(str(error), _flags(parser))) from error
-    values = parser.instantiate(parsed)
-    return kind(**{name: value for name, value in vars(values).items() if name != "config"})
+    return _built(kind, parsed, "")
 
 
 def preset_names() -> list[str]:
@@ -106,6 +106,27 @@ def _flags(parser: ArgumentParser) -> list[str]:
     return [name for name in names if not name.endswith("help")]
 
 
+def _built(kind: type[Config], values: Namespace, prefix: str) -> Config:
+    """A config from what was parsed. A record refuses its fields by their own names; here they get
+    those that flags and files know, as rollout.top_p."""
+    kinds = get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name, inside = field.name, kinds[field.name]
+        value = values[name]
+        item = get_args(inside)[0] if get_origin(inside) is list else None
+        if dataclasses.is_dataclass(inside):
+            value = _built(inside, value, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(item):
+            value = [_built(item, record, f"{prefix}{name}.") for record in value]
+        found[name] = value
+    try:
+        return kind(**found)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(prefix) else prefix + message) from error
+
+
 def _with_presets(arguments: Sequence[str]) -> list[str]:
     """The arguments with the file behind each --config found."""
     found: list[str] = []
@@ -120,11 +141,21 @@ def _with_presets(arguments: Sequence[str]) -> list[str]:
 
 
 def _with_joined_lists(arguments: Sequence[str], lists: Mapping[str, str | None]) -> list[str]:
-    """`--labels 207 360` as `--labels [207, 360]`, which is what jsonargparse takes."""
+    """`--labels 207 360` as `--labels [207, 360]`, which is what jsonargparse takes.
+
+    Records are emptied first: jsonargparse would merge them one by one into those of the file, and
+    a judge would get the options of another.
+    """
     joined: list[str] = []
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
+        name, equals, value = flag.partition("=")
+        if lists.get(name) is not None:
+            joined.append(f"{name}=[]")
+        if equals and name in lists and not value.startswith(("[", "{")):
+            rest.insert(0, value)
+            flag = name
         joined.append(flag)
         if flag not in lists:
             continue
@@ -155,7 +186,7 @@ def _in_one_line(message: str, flags: list[str]) -> str:
     if match := re.search(r"the following arguments are required: (.+)", flat):
         names = match[1]
         return f"{names}: expected a value, got none; give a flag or --config FILE.yaml"
-    if match := re.search(r"argument --(\S+): expected one argument", flat):
+    if match := re.search(r"argument (?:\w+/)?--([^\s+:/]+)\S*: expected one argument", flat):
         return f"{match[1]}: expected a value, got none"
     if match := re.search(r"Problems parsing config: (.+)", flat):
         return f"config: expected YAML, got something else: {match[1]}"
