@@ -109,7 +109,7 @@ def _flags(parser: ArgumentParser) -> list[str]:
 def _built(kind: type[Config], values: Namespace, prefix: str) -> Config:
     """A config from what was parsed. A record refuses its fields by their own names; here they get
     those that flags and files know, as rollout.top_p."""
-    kinds = get_type_hints(kind)
+    kinds: dict[str, Any] = get_type_hints(kind)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         name, inside = field.name, kinds[field.name]

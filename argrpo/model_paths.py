@@ -1,8 +1,31 @@
 """Where a model lies: a path as it stands, or a name of the embedded task."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _DIGITS = "digits:"
+# What a caller may tell the loader of a policy beside its path.
+_SIZES = ("image_size", "num_heads", "downsample")
+
+
+@contextmanager
+def blamed_on(setting: str, *, sizes: str = "") -> Iterator[None]:
+    """Refusals of a model's loader under the names of settings.
+
+    Args:
+        setting: the one that holds the path, as policy.path.
+        sizes: what stands before image_size, num_heads and downsample, as "policy.".
+
+    Raises:
+        ValueError, FileNotFoundError: as raised inside, with the setting's name in front.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        is_size = str(error).partition(":")[0] in _SIZES
+        raise kind(f"{sizes if is_size else f'{setting}: '}{error}") from error
 
 
 def resolve_path(path: str, cache_dir: str | None) -> Path:

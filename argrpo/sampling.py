@@ -1,6 +1,10 @@
 """`argrpo sample`: images of a policy as PNG files, with the tokens that they are made of."""
 
 import difflib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,17 +19,19 @@ from argrpo.engine.conditions import Conditions
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.image_files import save_grid, save_image
-from argrpo.model_paths import resolve_path
+from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.llamagen import LlamaGen
 from argrpo.models.loading import load_policy, load_tokenizer
+from argrpo.models.pairing import check_pair
 from argrpo.models.vq import VQTokenizer
 from argrpo.progress import Report, unreported
-from argrpo.run_folder import RunFolder, write_atomically
+from argrpo.run_folder import RunFolder, storage_error, write_atomically
 from argrpo.trainer import choose_device
 
 _DEFAULT_FOLDER = "samples"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SLOTS = 64  # images drawn at a time unless told otherwise
+_GRID_IMAGES = 128  # more would not be seen one by one, and are not all held in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +115,9 @@ class SampleConfig:
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name}: expected at least 1, got {count}")
-        if self.labels == [] or self.names == []:
-            raise ValueError("labels: expected at least one class, got none")
+        for name in ("labels", "names"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name}: expected at least one class, got none")
         # Refused here and not after minutes of loading.
         self.sampling_params()
 
@@ -126,7 +133,9 @@ class SampleConfig:
 
 
 def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
-    """Draw the images and write them; returns their folder.
+    """Draw the images and write them, all of them or none; returns their folder.
+
+    Its grid.png shows the first 128.
 
     Args:
         config: what to draw.
@@ -144,16 +153,15 @@ def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
     engine = RolloutEngine(policy, max_slots=config.max_slots or min(_SLOTS, num_images))
     # Made before the draw, so that a folder that cannot be written is known at once.
     folder = _folder(config)
-    token_ids: list[Tensor] = []
-    images: list[Tensor] = []
-    report("images", 0, num_images)
     try:
-        for part in engine.draw_iter(conditions, config.sampling_params(), seed=config.seed):
-            decoded = tokenizer.decode(part.token_ids, decode_batch=config.decode_batch)
-            images.append(decoded.float().cpu())
-            token_ids.append(part.token_ids.cpu())
-            report("images", sum(map(len, images)), num_images)
-        _write(folder.path, torch.cat(images), torch.cat(token_ids), names, config)
+        with _whole_or_nothing(folder.path) as draft:
+            files = _Files(draft, names, config.num_images_per_prompt)
+            report("images", 0, num_images)
+            for part in engine.draw_iter(conditions, config.sampling_params(), seed=config.seed):
+                images = tokenizer.decode(part.token_ids, decode_batch=config.decode_batch)
+                files.add(images.float().cpu(), part.token_ids.cpu())
+                report("images", files.count, num_images)
+            files.finish()
     finally:
         folder.discard_if_empty()
     return folder.path
@@ -171,16 +179,20 @@ def labels_of(names: list[str], source: str) -> list[int]:
 
 def _models(config: SampleConfig) -> tuple[LlamaGen, VQTokenizer]:
     device, dtype = choose_device(config.device), _DTYPES[config.dtype]
-    policy = load_policy(
-        resolve_path(config.policy, config.cache_dir),
-        image_size=config.image_size,
-        num_heads=config.num_heads,
-        downsample=config.downsample,
-        device=device,
-        dtype=dtype,
-    )
-    tokenizer_path = resolve_path(config.tokenizer, config.cache_dir)
-    return policy, load_tokenizer(tokenizer_path, device=device, dtype=dtype)
+    with blamed_on("policy"):
+        policy = load_policy(
+            resolve_path(config.policy, config.cache_dir),
+            image_size=config.image_size,
+            num_heads=config.num_heads,
+            downsample=config.downsample,
+            device=device,
+            dtype=dtype,
+        )
+    with blamed_on("tokenizer"):
+        tokenizer_path = resolve_path(config.tokenizer, config.cache_dir)
+        tokenizer = load_tokenizer(tokenizer_path, device=device, dtype=dtype)
+    check_pair(policy, tokenizer)
+    return policy, tokenizer
 
 
 def _label_of(name: str, known: list[str], source: str) -> int:
@@ -215,7 +227,8 @@ def _folder(config: SampleConfig) -> RunFolder:
     if config.output_dir is None:
         return RunFolder.numbered(_DEFAULT_FOLDER)
     folder = RunFolder.create(config.output_dir)
-    if (folder.path / "tokens.npy").exists():
+    # Whatever this command may have left, so that no set is mixed with another.
+    if (folder.path / "tokens.npy").exists() or any(folder.path.glob("*.png")):
         raise ValueError(
             f"output_dir: expected a folder without samples, got {folder.path}, which holds some; "
             "choose another, or remove it"
@@ -223,12 +236,44 @@ def _folder(config: SampleConfig) -> RunFolder:
     return folder
 
 
-def _write(
-    folder: Path, images: Tensor, token_ids: Tensor, names: list[str], config: SampleConfig
-) -> None:
-    """One PNG file an image, numbered like the rows of tokens.npy, and all of them as a grid."""
-    repeats = config.num_images_per_prompt
-    for row, image in enumerate(images):
-        save_image(image, folder / f"{row:05d}_{names[row // repeats]}.png")
-    save_grid(images, folder / "grid.png", columns=repeats if len(names) > 1 else None)
-    write_atomically(folder / "tokens.npy", lambda part: np.save(part, token_ids.numpy()))
+@contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """A hidden folder within, whose files move up once all of them are written."""
+    draft = folder / f".draft.{os.getpid()}"
+    try:
+        yield draft
+        for path in sorted(draft.iterdir()):
+            path.rename(folder / path.name)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+class _Files:
+    """One PNG file an image, numbered like the rows of tokens.npy, and the first of them as a grid.
+
+    Images are written as they come; only those of the grid are held.
+    """
+
+    def __init__(self, folder: Path, names: list[str], repeats: int) -> None:
+        self._folder, self._names, self._repeats = folder, names, repeats
+        self._token_ids: list[Tensor] = []
+        self._shown: list[Tensor] = []
+        self.count = 0
+
+    def add(self, images: Tensor, token_ids: Tensor) -> None:
+        """Write some images [n, 3, H, W]; keep their tokens [n, T]."""
+        self._shown.append(images[: max(0, _GRID_IMAGES - self.count)].clone())
+        self._token_ids.append(token_ids)
+        for row, image in enumerate(images, start=self.count):
+            name = self._names[row // self._repeats]
+            save_image(image, self._folder / f"{row:05d}_{name}.png")
+        self.count += len(images)
+
+    def finish(self) -> None:
+        """Write the grid and the tokens."""
+        columns = self._repeats if len(self._names) > 1 else None
+        save_grid(torch.cat(self._shown), self._folder / "grid.png", columns=columns)
+        token_ids = torch.cat(self._token_ids).numpy()
+        write_atomically(self._folder / "tokens.npy", lambda part: np.save(part, token_ids))

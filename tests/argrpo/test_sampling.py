@@ -11,11 +11,13 @@ from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from safetensors.torch import save_file
 
+from argrpo import sampling
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
 from argrpo.pixels import to_uint8
+from argrpo.run_folder import StorageError
 from argrpo.sampling import SampleConfig, draw_samples, labels_of
 
 
@@ -159,8 +161,28 @@ def test_one_way_of_saying_what_to_draw_is_asked_for(config: SampleConfig) -> No
         replace(config, names=["seven"])
     with pytest.raises(ValueError, match=r"labels: expected one of .* got 0 of them"):
         replace(config, labels=None)
-    with pytest.raises(ValueError, match="labels: expected at least one class"):
+    with pytest.raises(ValueError, match=r"^labels: expected at least one class"):
         replace(config, labels=[])
+    with pytest.raises(ValueError, match=r"^names: expected at least one class"):
+        replace(config, labels=None, names=[])
+
+
+def test_a_model_that_is_not_there_is_named_by_its_setting(config: SampleConfig) -> None:
+    for name in ("policy", "tokenizer"):
+        with pytest.raises(FileNotFoundError, match=rf"^{name}: missing\.pt: expected"):
+            draw_samples(replace(config, **{name: "missing.pt"}))
+    with pytest.raises(ValueError, match=r"^image_size: expected 16"):
+        draw_samples(replace(config, image_size=24))
+
+
+def test_a_tokenizer_of_another_codebook_is_refused_before_anything_is_made(
+    config: SampleConfig, tmp_path: Path
+) -> None:
+    other = replace(load_tokenizer(config.tokenizer).config, codebook_size=16)
+    save_tokenizer(VQTokenizer(other), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"tokenizer.*: expected a codebook of 32.* got 16"):
+        draw_samples(replace(config, tokenizer=str(tmp_path / "other")))
+    assert not Path(str(config.output_dir)).exists()
 
 
 @pytest.mark.parametrize(
@@ -181,6 +203,51 @@ def test_a_number_out_of_range_is_refused_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(ValueError, match=f"{field}: expected"):
         replace(config, policy="missing.pt", **{field: value})
+
+
+@pytest.mark.parametrize("last", range(1, 8))
+def test_a_disk_that_fills_up_at_any_file_leaves_no_part_of_a_set(
+    config: SampleConfig, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(str(config.output_dir))
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    written: list[Path] = []
+
+    def full_disk(image: torch.Tensor, path: Path, **options: object) -> None:
+        if len(written) + 1 == last:
+            raise StorageError(f"{path}: expected room for a file")
+        written.append(path)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"PNG")
+
+    # Six images in waves of four and two, and a grid.
+    monkeypatch.setattr(sampling, "save_image", full_disk)
+    monkeypatch.setattr(sampling, "save_grid", full_disk)
+    with pytest.raises(StorageError, match="expected room"):
+        draw_samples(replace(config, max_slots=4))
+    assert len(written) == last - 1
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_pictures_without_tokens_are_a_set_too(config: SampleConfig) -> None:
+    folder = Path(str(config.output_dir))
+    folder.mkdir()
+    (folder / "00000_class_0001.png").write_bytes(b"PNG")
+    with pytest.raises(ValueError, match="output_dir: expected a folder without samples"):
+        draw_samples(config)
+
+
+def test_a_grid_holds_no_more_images_than_can_be_seen(
+    config: SampleConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = draw_samples(replace(config, labels=[7], num_images_per_prompt=3))
+    monkeypatch.setattr(sampling, "_GRID_IMAGES", 3)
+    few = replace(config, max_slots=2, output_dir=f"{config.output_dir}-few")
+    capped = draw_samples(replace(few, labels=[7], num_images_per_prompt=5))
+    assert len(list(capped.glob("0*.png"))) == 5
+    sizes = [Image.open(folder / "grid.png").size for folder in (whole, capped)]
+    assert sizes[0] == sizes[1]
 
 
 def test_samples_of_another_call_are_not_mixed_with_new_ones(config: SampleConfig) -> None:
