@@ -115,7 +115,7 @@ def test_a_folder_with_a_run_is_refused_before_anything_trains(
         raise AssertionError("trained")
 
     monkeypatch.setattr(assets, "_build", never)
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("a step\n")
     config = DemoConfig(output_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="output_dir: expected a folder without a run"):
         run_demo(config, Console(file=io.StringIO()))

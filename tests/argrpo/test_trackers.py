@@ -109,6 +109,8 @@ def test_a_run_folder_says_with_what_the_run_was_made(
 ) -> None:
     tracker = JsonLinesTracker()
     tracker.start(config, folder)
+    assert not folder.holds_run
+    tracker.log(1, {"reward": 0.5})
     tracker.close()
     facts = json.loads(folder.environment_path.read_text())
     assert facts["torch"] == torch.__version__.partition("+")[0]
