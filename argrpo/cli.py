@@ -26,8 +26,10 @@ DONE, BUG, WRONG_INPUT, NOT_FINITE, MACHINE, STOPPED = 0, 1, 2, 70, 74, 130
 
 
 class _Command(NamedTuple):
+    """A command reads and checks its input first; what it returns, if anything, then runs."""
+
     help: str
-    run: Callable[[list[str]], None]
+    prepare: Callable[[list[str]], Callable[[], None] | None]
 
 
 class _WarningLines(logging.Handler):
@@ -49,14 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return _code_of(stop)
     logging.basicConfig(level=logging.WARNING, handlers=[_WarningLines()])
+    is_running = False
     try:
-        _COMMANDS[chosen.command].run(chosen.arguments)
+        run = _COMMANDS[chosen.command].prepare(chosen.arguments)
+        if run is not None:
+            is_running = True
+            run()
     except SystemExit as stop:
         return _code_of(stop)
     except KeyboardInterrupt:
         return _told("stopped by Ctrl-C", STOPPED)
     except Exception as error:
-        code = _exit_code(error)
+        code = _exit_code(error, is_running)
         if code == BUG or chosen.traceback:
             raise
         return _told(" ".join(str(error).split()), code)
@@ -92,7 +98,7 @@ def _demo(arguments: list[str]) -> None:
     run_demo(dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir)), Console())
 
 
-def _train(arguments: list[str]) -> None:
+def _train(arguments: list[str]) -> Callable[[], None]:
     from argrpo.config import TrainConfig, describe
     from argrpo.config_files import parse_config
     from argrpo.trackers import make_trackers
@@ -106,11 +112,16 @@ def _train(arguments: list[str]) -> None:
     # path, so that no file there hides an installed package.
     sys.path.append(os.getcwd())
     _prepare_digits_of(config, config.cache_dir)
-    for line in describe(config):
-        print(line)
-    result = Trainer(config, make_trackers(config, progress=True)).train()
-    print(f"tuned policy: {result.policy_path}")
-    print(f"next: argrpo report {config.output_dir}")
+    trainer = Trainer(config, make_trackers(config, progress=True))
+
+    def run() -> None:
+        for line in describe(config):
+            print(line)
+        result = trainer.train()
+        print(f"tuned policy: {result.policy_path}")
+        print(f"next: argrpo report {config.output_dir}")
+
+    return run
 
 
 def _sample(arguments: list[str]) -> None:
@@ -118,7 +129,7 @@ def _sample(arguments: list[str]) -> None:
     from argrpo.progress import stage_progress
     from argrpo.sampling import SampleConfig, draw_samples
 
-    lists = {"--labels": None, "--names": None, "--prompts": None}
+    lists = {"--labels": None, "--names": None}
     config = parse_config(SampleConfig, arguments, command="argrpo sample", lists=lists)
     config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
     _prepare_digits_of(config, config.cache_dir)
@@ -170,8 +181,9 @@ def _cache_dir(asked: str | None) -> str:
     return asked or str(default_cache_dir(os.environ.get("XDG_CACHE_HOME")))
 
 
-def _exit_code(error: Exception) -> int:
-    """Whose fault an error is."""
+def _exit_code(error: Exception, is_running: bool) -> int:
+    """Whose fault an error is. Once a run is under way its input has been checked, and what looks
+    like wrong input is a bug, of argrpo or of a judge."""
     import torch
 
     from argrpo.learner import NonFiniteError
@@ -182,7 +194,7 @@ def _exit_code(error: Exception) -> int:
     if isinstance(error, StorageError | torch.OutOfMemoryError | MemoryError):
         return MACHINE
     if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return WRONG_INPUT
+        return BUG if is_running else WRONG_INPUT
     return MACHINE if isinstance(error, OSError) else BUG
 
 
@@ -192,7 +204,10 @@ def _told(message: str, code: int) -> int:
 
 
 def _code_of(stop: SystemExit) -> int:
-    return stop.code if isinstance(stop.code, int) else DONE
+    """What Python itself would make of sys.exit(None), sys.exit(3) and sys.exit("message")."""
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or DONE
+    return _told(str(stop.code), BUG)
 
 
 _COMMANDS = {

@@ -47,6 +47,7 @@ class TokenizerConfig:
     """Images decoded at a time; bounds memory."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights."""
 
     pixels: Literal["float", "llamagen", "truncate", "round"] = "float"
     """How rewards see pixels: as decoded, or through the 8 bits of a file."""
@@ -112,8 +113,14 @@ class OptimizerConfig:
     """AdamW on fp32 masters."""
 
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+    """The rate of each step."""
+
     betas: tuple[float, float] = (0.9, 0.999)
+    """How slowly the averages of the gradient and of its square forget; each in [0, 1)."""
+
     weight_decay: float = 0.0
+    """Share of a weight, times the learning rate, that each optimizer step takes off."""
+
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
 
@@ -160,7 +167,11 @@ class TrainConfig:
     """Folder of the run; must not hold another one."""
 
     policy: PolicyConfig
+    """The model that is tuned."""
+
     tokenizer: TokenizerConfig
+    """Turns its tokens into images; stays as it is."""
+
     rewards: list[RewardConfig]
     """Judges whose scores are optimised; at least one."""
 
@@ -186,16 +197,31 @@ class TrainConfig:
     """Images drawn at a time; None draws all images of a step together."""
 
     seed: int = 0
+    """Of prompts and draws."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+
     cache_dir: str | None = None
     """Where the embedded digits models are kept; None: argrpo under the user's cache folder."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    """What the images are conditioned on."""
+
     rollout: SamplingParams = field(default_factory=SamplingParams)
+    """The distribution that tokens are drawn from."""
+
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    """From scores to advantages."""
+
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What an optimizer step minimises."""
+
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How the weights move."""
+
     output: OutputConfig = field(default_factory=OutputConfig)
+    """What the run leaves behind."""
 
     def __post_init__(self) -> None:
         _at_least("prompts_per_step", self.prompts_per_step, 1)

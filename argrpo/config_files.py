@@ -115,9 +115,9 @@ def _built(kind: type[Config], values: Namespace, prefix: str) -> Config:
         name, inside = field.name, kinds[field.name]
         value = values[name]
         item = get_args(inside)[0] if get_origin(inside) is list else None
-        if dataclasses.is_dataclass(inside):
+        if isinstance(inside, type) and dataclasses.is_dataclass(inside):
             value = _built(inside, value, f"{prefix}{name}.")
-        elif dataclasses.is_dataclass(item):
+        elif isinstance(item, type) and dataclasses.is_dataclass(item):
             value = [_built(item, record, f"{prefix}{name}.") for record in value]
         found[name] = value
     try:

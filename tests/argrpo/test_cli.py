@@ -36,6 +36,15 @@ def darkness(images, prompts):
 
 def mistaken(images, prompts):
     return images.no_such_method()
+
+def strict(images, prompts):
+    raise ValueError("images: too beautiful")
+
+def lost(images, prompts):
+    return open("no_such_file")
+
+def leaving(images, prompts):
+    raise SystemExit("that will do")
 """
 
 
@@ -96,8 +105,10 @@ def in_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def refusal(capsys: pytest.CaptureFixture[str], code: int, *words: str | Path) -> str:
     """The one line that a command leaves on standard error."""
     assert main([str(word) for word in words]) == code
-    lines = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
     assert len(lines) == 1
+    assert code != 2 or not printed.out
     return lines[0].removeprefix("argrpo: ")
 
 
@@ -264,10 +275,39 @@ def test_what_goes_wrong_in_a_run_has_an_exit_code_of_its_own(
 
 
 @pytest.mark.usefixtures("in_models")
-def test_a_bug_in_a_judge_shows_its_traceback(config_file: Path) -> None:
-    with pytest.raises(AttributeError, match="no_such_method"):
-        words = ["--config", str(config_file), "--rewards", "own_judges_of_the_cli_test:mistaken"]
+@pytest.mark.parametrize(
+    ("judge", "error", "said"),
+    [
+        ("mistaken", AttributeError, "no_such_method"),
+        ("strict", ValueError, "too beautiful"),
+        ("lost", FileNotFoundError, "no_such_file"),
+    ],
+)
+def test_a_bug_in_a_judge_shows_its_traceback(
+    config_file: Path, judge: str, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        words = ["--config", str(config_file), "--rewards", f"own_judges_of_the_cli_test:{judge}"]
         main(["train", *words])
+
+
+@pytest.mark.usefixtures("in_models")
+def test_a_judge_that_ends_the_program_is_heard(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", config_file, "--rewards", "own_judges_of_the_cli_test:leaving"]
+    assert refusal(capsys, 1, "train", *words) == "that will do"
+
+
+@pytest.mark.parametrize(("given", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_a_quiet_end_keeps_its_code(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, code: int
+) -> None:
+    def leaving(*_: object) -> None:
+        raise SystemExit(given)
+
+    monkeypatch.setattr(doctor, "examine", leaving)
+    assert main(["doctor"]) == code
 
 
 def test_the_traceback_of_a_refusal_can_be_asked_for(config_file: Path) -> None:
