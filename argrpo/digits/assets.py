@@ -2,7 +2,8 @@
 
 A cache entry carries a hash of everything that shapes it, so another recipe makes another entry.
 It is written beside its place under a hidden name and moved there whole: an interrupted build
-leaves no entry, and of two processes that ask at once one builds while the other waits.
+leaves no entry, and of two processes that ask at once one builds while the other waits. An entry
+that somebody took a model from is built again.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from argrpo.digits.base_policy import BasePolicyConfig, train_base_policy
@@ -100,13 +101,20 @@ def digits_assets(
     """
     cache_dir = Path(cache_dir)
     entry = cache_dir / f"digits-v{_VERSION}-{recipe.key}"
-    if entry.is_dir():
+    if _is_whole(entry):
         return DigitsAssets.within(entry)
     with _building(cache_dir, entry.name, progress):
         # Whoever held the lock before may have built it.
-        if not entry.is_dir():
+        if not _is_whole(entry):
             _build(entry, recipe, progress)
     return DigitsAssets.within(entry)
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether all models are there; whether they can be read is known when they are."""
+    assets = DigitsAssets.within(entry)
+    folders = [getattr(assets, field.name) for field in fields(assets)]
+    return all((folder / "config.json").is_file() for folder in folders)
 
 
 def _build(entry: Path, recipe: DigitsRecipe, progress: Progress) -> None:
@@ -120,6 +128,8 @@ def _build(entry: Path, recipe: DigitsRecipe, progress: Progress) -> None:
         _train_into(DigitsAssets.within(draft), recipe, progress)
         (draft / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
         draft.chmod(0o755)  # mkdtemp makes folders that nobody else may read
+        if entry.exists():
+            shutil.rmtree(entry)
         draft.rename(entry)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -158,19 +159,33 @@ def load_judge(folder: str | Path, *, device: str | torch.device = "cpu") -> Dig
 
     Raises:
         FileNotFoundError: there is no config.json in the folder.
-        ValueError: the folder holds another model.
+        ValueError: the folder holds another model, or a damaged one.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"judge: expected a folder with config.json, got {folder}")
-    config = json.loads(path.read_text())
-    if config.get("model_type") != _MODEL_TYPE:
-        raise ValueError(
-            f"judge: expected model_type {_MODEL_TYPE} in {path}, got {config.get('model_type')!r}"
-        )
-    judge = DigitJudge(config["width"], config["feature_dim"])
-    judge.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    try:
+        config = json.loads(path.read_text())
+        model_type = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise _damaged(folder, error) from error
+    if model_type != _MODEL_TYPE:
+        raise ValueError(f"judge: expected model_type {_MODEL_TYPE} in {path}, got {model_type!r}")
+    try:
+        judge = DigitJudge(config["width"], config["feature_dim"])
+        judge.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    # A key, a size or the file is missing, cut off, or belongs to another judge.
+    except (LookupError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
     return judge.requires_grad_(False).to(device)
+
+
+def _damaged(folder: str | Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(
+        f"judge: expected a whole model, got a damaged one in {folder} ({reason[:200]}); remove "
+        "that folder, and an embedded judge is trained again"
+    )
 
 
 class DigitJudgeReward:

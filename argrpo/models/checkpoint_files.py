@@ -6,9 +6,11 @@ format allows it, so reading one does not yet cost its size.
 """
 
 import argparse
+import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import struct
@@ -35,8 +37,14 @@ _KEY_PREFIXES = re.compile(r"^(?:_orig_mod\.|module\.)+")
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+_PICKLE_MAGICS = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+_PICKLE_HEAD = 65536  # bytes, looked at for what a pickle would import
 _GIT_LFS_MAGIC = b"version https://git-lfs"
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the format's own limit
+
+_SAFER = (
+    "ask its author for safetensors, or convert it once on a machine that you can afford to lose"
+)
 
 # A damaged pickle can fail in any of its opcodes and a damaged zip in any of its seeks; torch lets
 # the error of each of them through.
@@ -85,6 +93,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(path, _without_prefixes(path, _read_safetensors(path)), None)
     if head.startswith(_GIT_LFS_MAGIC):
         raise ValueError(f"{path}: expected a checkpoint, got a Git LFS pointer; run git lfs pull")
+    if head.startswith(_PICKLE_MAGICS):
+        raise ValueError(_pickle_refused(path))
     found = "an empty file" if not head else f"a file that starts with {head[:16]!r}"
     raise ValueError(f"{path}: expected a torch or safetensors checkpoint, got {found}")
 
@@ -201,12 +211,37 @@ def _read_torch(path: Path, *, can_map: bool) -> Checkpoint:
 
 
 def _code_refused(path: Path, name: str) -> str:
-    read = f'torch.load("{path.name}", weights_only=False)["model"]'
     return (
         f"{path}: expected weights and plain values, got the pickled global {name}, which could "
-        f"run code; if you trust the file, convert it once with "
-        f'torch.save({{"model": {read}}}, "new.pt")'
+        f"run code; {_SAFER}"
     )
+
+
+def _pickle_refused(path: Path) -> str:
+    name = _first_global(path)
+    which = f"with the global {name}" if name else "without a global near its start"
+    return (
+        f"{path}: expected a torch or safetensors checkpoint, got a plain pickle {which}, and "
+        f"reading one can run code; {_SAFER}"
+    )
+
+
+def _first_global(path: Path) -> str | None:
+    """The first thing that a pickle would import; its opcodes are listed, none is executed."""
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(_PICKLE_HEAD))
+    texts: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(head):
+            if opcode.name in ("GLOBAL", "INST"):
+                return str(argument).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            if isinstance(argument, str):
+                texts.append(argument)
+    except _DAMAGE:  # or cut off behind what was looked at
+        pass
+    return None
 
 
 def _damaged(path: Path, expected: str, error: Exception) -> ValueError:

@@ -38,6 +38,19 @@ def test_a_pickle_with_code_is_refused_by_its_global_and_does_not_run(
     assert not Path("it_ran").exists()
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_plain_pickle_is_named_with_what_it_would_import_and_does_not_run(
+    protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("evil.pkl").write_bytes(pickle.dumps({"model": _RunsCode()}, protocol=protocol))
+    said = r"evil\.pkl: expected .*, got a plain pickle with the global posix\.mkdir.*safetensors"
+    with pytest.raises(ValueError, match=said) as refusal:
+        read_checkpoint("evil.pkl")
+    assert "\n" not in str(refusal.value)
+    assert not Path("it_ran").exists()
+
+
 def test_the_arguments_of_a_run_are_allowed_only_as_a_record(
     weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -67,7 +80,8 @@ def test_prefixes_of_wrapped_modules_are_stripped(
         (b"", "expected a torch or safetensors checkpoint, got an empty file"),
         (b"<html>not here</html>", "got a file that starts with b'<html>"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "got a Git LFS pointer"),
-        (pickle.dumps({"a": 1}), "expected a torch or safetensors checkpoint, got a file"),
+        (pickle.dumps({"a": 1}), "got a plain pickle without a global near its start"),
+        (pickle.dumps({"a": 1})[:-2], "got a plain pickle without a global near its start"),
         (b"PK\x03\x04" + bytes(100), "expected a whole torch checkpoint, got a damaged one"),
     ],
 )

@@ -1,7 +1,8 @@
 """The cache of the embedded models: built once, whole or not at all, and by recipe."""
 
+import shutil
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_all_four_models_load_from_where_they_are_said_to_be(built: DigitsAssets
     images = tokenizer.decode(torch.zeros((1, policy.config.num_image_tokens), dtype=torch.int64))
     reward, heldout = load_judge(built.reward_judge_path), load_judge(built.heldout_judge_path)
     assert not torch.equal(reward.logprobs(images), heldout.logprobs(images))
+
+
+def test_a_model_that_was_removed_is_trained_again(tmp_path: Path) -> None:
+    first = digits_assets(tmp_path, recipe=tiny())
+    weights = (first.heldout_judge_path / "model.safetensors").read_bytes()
+    shutil.rmtree(first.heldout_judge_path)
+    assert digits_assets(tmp_path, recipe=tiny()) == first
+    assert (first.heldout_judge_path / "model.safetensors").read_bytes() == weights
+    assert visible(tmp_path) == [first.policy_path.parent.name]
 
 
 def test_the_second_call_trains_nothing(
@@ -138,6 +148,10 @@ def test_of_two_at_once_one_builds_and_the_other_waits(
         builds.append(threading.current_thread().name)
         building.set()
         assert waiting.wait(30), "the other one never came to wait"
+        for field in fields(folders):
+            folder = getattr(folders, field.name)
+            folder.mkdir()
+            (folder / "config.json").write_text("{}")
 
     def note(stage: str, step: int, steps: int) -> None:
         if stage == "waiting for another process":

@@ -1,5 +1,6 @@
 """Judges: they learn, the same every time, and score images as a reward must."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,31 @@ def test_other_folders_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="judge: expected model_type argrpo_digit_judge"):
         load_judge(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"model_type": "argrpo_digit_judge", "width": 16}'),
+        ("config.json", b'{"model_type": "argrpo_digit_judge", "width": 8, "feature_dim": 64}'),
+        ("config.json", b'{"model_type": "argrpo_digit_judge", "width": "a", "feature_dim": 64}'),
+        ("model.safetensors", b"cut off"),
+        ("model.safetensors", None),
+    ],
+)
+def test_a_damaged_judge_is_refused_in_one_line_with_a_remedy(
+    folder: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    damaged = shutil.copytree(folder, tmp_path / "judge")
+    (damaged / name).unlink()
+    if content is not None:
+        (damaged / name).write_bytes(content)
+    said = rf"^judge: expected a whole model, got a damaged one in {damaged} .*; remove that folder"
+    with pytest.raises(ValueError, match=said) as refusal:
+        load_judge(damaged)
+    assert "\n" not in str(refusal.value)
 
 
 def test_features_and_logprobs_do_not_depend_on_the_batch(judge: DigitJudge) -> None:
