@@ -140,7 +140,7 @@ def gumbel_log2(bits):
 
 @triton.jit
 def fast_log2(x):
-    """log2 of positive normal fp32 in one instruction; off by at most 2^-22, relative or absolute."""
+    """log2 of positive normal fp32 in one instruction, to 2^-22 absolute or relative."""
     if _INTERPRETED_C:
         return tl.log2(x)
     return libdevice.fast_log2f(x)

@@ -28,6 +28,7 @@ _COUNT_MASK = tl.constexpr((1 << 20) - 1)
 _TOTAL_MASS = tl.constexpr(2.0**32 - 2.0**17)
 _SIGN = tl.constexpr(0x80000000)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_ALL_BITS = tl.constexpr(0xFFFFFFFF)  # the interpreter of Triton 3.6 cannot invert unsigned words
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def load_block(
         if GUIDED:
             uncond = tl.load(row[1] + ids, mask=ids < V, other=0.0)
             value = uncond + row[2] * (value - uncond)
-        x = x + (value,)
+        x = x + (value,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no stars)
     return x
 
 
@@ -86,7 +87,7 @@ def find_edges(
     if (top_k > 0) & (top_k < num_finite):
         bracket = (low, top, num_finite.to(tl.uint32))
         target = (top_k - 1).to(tl.uint32)
-        low, high, weight_low, weight_high = _crossing(
+        low, high, _low, _high = _crossing(
             x, x, row, bracket, target, V, WIDTH, PARTS, GUIDED, False
         )
     if top_p < 1.0:
@@ -131,7 +132,8 @@ def _masses(block, weights, PARTS: tl.constexpr):
     for part in tl.static_range(PARTS):
         value = block[part]
         weight = tl.exp2(tl.where(value >= floor, (value - top) * per_unit, -float("inf")))
-        mass = mass + ((weight * to_integer + 0.5).to(tl.uint32),)
+        integer = (weight * to_integer + 0.5).to(tl.uint32)
+        mass = mass + (integer,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no stars)
     return mass
 
 
@@ -251,11 +253,11 @@ def _id_of_tie(
 def _key(value):
     """fp32 -> uint32 of the same order."""
     bits = value.to(tl.uint32, bitcast=True)
-    return tl.where(bits >= _SIGN, ~bits, bits | _SIGN)
+    return tl.where(bits >= _SIGN, bits ^ _ALL_BITS, bits | _SIGN)
 
 
 @triton.jit
 def _value(key):
     """uint32 -> fp32, the inverse of `_key`."""
-    bits = tl.where(key >= _SIGN, key & _MAGNITUDE, ~key)
+    bits = tl.where(key >= _SIGN, key & _MAGNITUDE, key ^ _ALL_BITS)
     return bits.to(tl.float32, bitcast=True)

@@ -28,7 +28,8 @@ def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     """[B, V] fp32 logits. A half-precision product on a GPU keeps its fp32 accumulators."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, head_weight.t(), out_dtype=torch.float32)
-    return torch.nn.functional.linear(hidden, head_weight).float()
+    logits = torch.nn.functional.linear(hidden, head_weight)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp64 stays, for tests
 
 
 def mix_branches(cond: Tensor, uncond: Tensor, scalars: Tensor) -> Tensor:

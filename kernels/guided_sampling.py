@@ -9,7 +9,7 @@
 The uniforms u_v are a hash of (seed, image id, position, token id): no generator state, so a draw
 does not depend on its slot or on what was drawn before (counter_random.py).
 
-Three ways to one result, chosen by shape and by `settings.filtered`, never by a value on the device:
+Three ways to one result, chosen by shape and `settings.filtered`, never by a value on the device:
 
 - unfiltered, half precision, up to 64 rows: sample_head.py. 2 launches, no logits in memory.
 - unfiltered, more rows or fp32: the library's product to fp32 logits, then sample_rows.py. 3
@@ -42,9 +42,9 @@ __all__ = [
     "DrawKeys",
     "DrawSettings",
     "filter_mask",
-    "gumbel_noise",
     "guided_sample",
     "guided_sample_reference",
+    "gumbel_noise",
     "head_logits",
     "mix_hidden",
     "pack_support",
@@ -102,9 +102,7 @@ def guided_sample(
         )
     is_half = cond.dtype != torch.float32
     if not settings.filtered and is_half and len(cond) <= _MAX_FUSED_ROWS:
-        return sample_head(
-            cond, uncond, head_weight, keys, settings, cond_logprobs=cond_logprobs
-        )
+        return sample_head(cond, uncond, head_weight, keys, settings, cond_logprobs=cond_logprobs)
     logits, uncond_logits = _branch_logits(cond, uncond, head_weight, settings, cond_logprobs)
     return sample_rows(
         logits, uncond_logits, keys, settings, cond_logprobs=cond_logprobs, support=support

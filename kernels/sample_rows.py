@@ -1,4 +1,4 @@
-"""One token from each row of fp32 logits: filters, draw, log-prob, entropy, kept set, in one launch.
+"""One token from each row of fp32 logits: filters, draw, log-prob, entropy, kept set; one launch.
 
 One program owns one row. Up to V = 16,384 it reads the row once, in 16-byte loads, and keeps it in
 the registers of 16 warps (32 values a thread); everything after is arithmetic on chip. A longer
@@ -7,13 +7,14 @@ row is read again in each pass.
 Per row and pass over it, V = 16,384:
 
     read            64 KiB once (128 KiB with both branches), from the L2 that the product filled
-    top-k, top-p    10 to 18 rounds each (token_filter.py): compare, add, one reduction
+    top-k, top-p    10 to 18 rounds each (filter_search.py): compare, add, one reduction
     draw            32 noise values a thread
     write           2 KiB of kept set when asked for, 20 bytes otherwise
 
 128 rows are 8.4 MB: 2.0 us at 4.3 TB/s, 3.9 us with the writing of the logits by the product. The
-rounds are the cost: about 0.3 us each on one multiprocessor, 4 to 10 us in all for k and p both on.
-FLOPs do not count: 60 instructions a logit and 5 a logit and round, against 790 TFLOP/s of product.
+rounds are the cost: by count 0.35 us each (4 instructions a logit, one row a multiprocessor), so 4
+to 6 us for k or p and 8 to 12 us for both, beside 3 us for the draw (60 instructions a logit).
+There is no product, so 790 TFLOP/s do not enter.
 
 Logits here are measured from the row's maximum, in units of ln 2 x temperature, so that each
 exponential is one instruction.
@@ -37,6 +38,8 @@ _WARP_WIDTH = 128  # logits of a part a warp: one 16-byte load a thread
 _STREAMED_PARTS = 4  # of a row that is too long to keep
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2.0))
+# Below every distance that matters: beside a weight of 0 it stands for -inf, and 0 x -inf is NaN.
+_FAR = tl.constexpr(-1000.0)
 
 
 def sample_rows(
@@ -148,7 +151,7 @@ def _sample_rows(
                     _store_bits(support_ptr + index * ((V + 7) // 8), kept, first, V, WIDTH)
             weight = tl.exp2(distance)
             totals += weight
-            moments += tl.where(weight > 0, weight * distance, 0.0)
+            moments += weight * tl.maximum(distance, _FAR)
             noisy = distance + noise_scale * gumbel_log2(random_bits(ids, key[0], key[1]))
             best_ids = tl.where(noisy > best, ids, best_ids)
             best = tl.maximum(best, noisy)
