@@ -45,7 +45,8 @@ def filter_mask(
     if num_kept.max() > k:
         ordered = _largest(logits, int(num_kept.max()))
     # fp64 because a running fp32 sum over 16,384 terms is off by 1e-6, enough to move the edge
-    scaled = ordered.double().div_(temperature).masked_fill_(ordered < threshold, -torch.inf)
+    scaled = ordered.double() / temperature
+    scaled.masked_fill_(ordered < threshold, -torch.inf)
     mass = scaled.softmax(dim=1)
     num_kept = (mass.cumsum(dim=1).sub_(mass) <= p).sum(dim=1, keepdim=True).clamp_(min=1)
     edge = ordered.gather(1, num_kept - 1)
