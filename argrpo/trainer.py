@@ -25,7 +25,7 @@ from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.image_files import save_grid
 from argrpo.learner import Learner
-from argrpo.model_paths import resolve_path
+from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
 from argrpo.models.pairing import check_pair
 from argrpo.pixels import seen_by_judges
@@ -74,19 +74,21 @@ class Trainer:
 
     def _load(self) -> None:
         config = self.config
-        self.policy = load_policy(
-            resolve_path(config.policy.path, config.cache_dir),
-            image_size=config.policy.image_size,
-            num_heads=config.policy.num_heads,
-            downsample=config.policy.downsample,
-            device=self._device,
-            dtype=_DTYPES[config.policy.dtype],
-        )
-        self._tokenizer = load_tokenizer(
-            resolve_path(config.tokenizer.path, config.cache_dir),
-            device=self._device,
-            dtype=_DTYPES[config.tokenizer.dtype],
-        )
+        with blamed_on("policy.path", sizes="policy."):
+            self.policy = load_policy(
+                resolve_path(config.policy.path, config.cache_dir),
+                image_size=config.policy.image_size,
+                num_heads=config.policy.num_heads,
+                downsample=config.policy.downsample,
+                device=self._device,
+                dtype=_DTYPES[config.policy.dtype],
+            )
+        with blamed_on("tokenizer.path"):
+            self._tokenizer = load_tokenizer(
+                resolve_path(config.tokenizer.path, config.cache_dir),
+                device=self._device,
+                dtype=_DTYPES[config.tokenizer.dtype],
+            )
         check_pair(self.policy, self._tokenizer)
         self._prompts = load_prompts(config.data)
         self.policy.check_conditions(self._prompts.conditions(self._prompts.prompts, repeats=1))

@@ -43,7 +43,7 @@ def make_reward(config: RewardConfig, device: torch.device, cache_dir: str | Non
     if "device" in taken:
         options.setdefault("device", device)
     _check_options(config.name, options, taken)
-    return named(**options)  # type: ignore[no-any-return]
+    return named(**options)
 
 
 class _FunctionReward:

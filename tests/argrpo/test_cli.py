@@ -147,7 +147,7 @@ def test_train_runs_a_config_with_overrides_and_leaves_a_run_folder(
         (["--rewards", "beauty"], "rewards.name: expected one of"),
         (["--rewards", "own:judge"], "rewards.name: cannot load 'own:judge'"),
         (["--data.classes", "3", "10"], "data.classes: expected ids from 0 to 9, got 10"),
-        (["--policy.path", "missing.pt"], "missing.pt"),
+        (["--policy.path", "missing.pt"], "policy.path: missing.pt"),
         (["--output.trackers", "wandb"], "output.trackers: expected wandb to be installed"),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     line = refusal(capsys, 2, "train", "--config", config_file, *words)
-    assert line.startswith(said) or said == "missing.pt" in line
+    assert line.startswith(said)
     assert [path.name for path in config_file.parent.iterdir()] == ["config.yaml"]
 
 
