@@ -35,7 +35,8 @@ from argrpo.kernels.filter_search import find_edges, load_block, row_extent
 _ON_CHIP = 16384  # logits a program keeps in registers
 _MAX_WARPS = 16  # 32 values a thread: more of them spill, more warps have too few registers
 _WARP_WIDTH = 128  # logits of a part a warp: one 16-byte load a thread
-_STREAMED_PARTS = 4  # of a row that is too long to keep
+_STREAMED_WARPS = 8  # for a row that is too long to keep
+_STREAMED_PARTS = 8
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2.0))
 # Below every distance that matters: beside a weight of 0 it stands for -inf, and 0 x -inf is NaN.
@@ -101,7 +102,7 @@ class RowTile(NamedTuple):
 def row_tile(vocab_size: int) -> RowTile:
     """The tile for rows of this length. Depends on nothing else, so that bits do not."""
     if vocab_size > _ON_CHIP:
-        return RowTile(_MAX_WARPS * _WARP_WIDTH, _STREAMED_PARTS, _MAX_WARPS)
+        return RowTile(_STREAMED_WARPS * _WARP_WIDTH, _STREAMED_PARTS, _STREAMED_WARPS)
     num_warps = max(1, triton.next_power_of_2(vocab_size) * _MAX_WARPS // _ON_CHIP)
     width = num_warps * _WARP_WIDTH
     return RowTile(width, triton.cdiv(vocab_size, width), num_warps)
