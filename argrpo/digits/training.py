@@ -1,7 +1,8 @@
 """What the small trainings of the digits task share: seeds, the optimizer's loop, progress.
 
-All of them run on the CPU, also where there is a GPU, so that the models and the numbers quoted for
-them are the same everywhere up to the rounding of the CPU's matrix library.
+All of them run on the CPU, also where there is a GPU, so that the numbers quoted for the models
+hold everywhere. The weights are the same bits every time on one machine with one number of threads;
+another number sums in another order.
 """
 
 import math
