@@ -251,8 +251,8 @@ def _id_of_tie(
 
 @triton.jit
 def _key(value):
-    """fp32 -> uint32 of the same order."""
-    bits = value.to(tl.uint32, bitcast=True)
+    """fp32 -> uint32 of the same order; both zeros have one key, as they compare equal."""
+    bits = (value + 0.0).to(tl.uint32, bitcast=True)
     return tl.where(bits >= _SIGN, bits ^ _ALL_BITS, bits | _SIGN)
 
 
