@@ -224,12 +224,15 @@ def _check_draw(
     if not 1 <= vocab_size <= _MAX_VOCAB:
         raise ValueError(f"vocabulary: expected 1 to {_MAX_VOCAB} tokens, got {vocab_size}")
     per_row = (len(rows),)
-    expect("keys.seed", keys.seed, (1,), (torch.int64,))
-    expect("keys.image_ids", keys.image_ids, per_row, (torch.int64,))
-    expect("keys.positions", keys.positions, per_row, (torch.int64,))
-    expect("settings.scalars", settings.scalars, (4,), (torch.float32,))
-    if support and not settings.filtered:
-        raise ValueError("support: expected settings.filtered, got an unfiltered draw")
-    for label, tensor in (*keys._asdict().items(), ("scalars", settings.scalars)):
+    wanted = {
+        "keys.seed": (keys.seed, (1,), torch.int64),
+        "keys.image_ids": (keys.image_ids, per_row, torch.int64),
+        "keys.positions": (keys.positions, per_row, torch.int64),
+        "settings.scalars": (settings.scalars, (4,), torch.float32),
+    }
+    for label, (tensor, shape, dtype) in wanted.items():
+        expect(label, tensor, shape, (dtype,))
         if tensor.device != rows.device:
             raise ValueError(f"{label}: expected a tensor on {rows.device}, got {tensor.device}")
+    if support and not settings.filtered:
+        raise ValueError("support: expected settings.filtered, got an unfiltered draw")

@@ -240,9 +240,8 @@ def _merge_tiles(
     winner = tl.min(tl.where(noisy == tl.max(noisy), tiles, NUM_TILES - 1))
     is_winner = tiles == winner
     token = tl.sum(tl.where(is_winner, tokens, 0.0)).to(tl.int64)
-    total = tl.sum(tl.where(totals == 0, 0.0, totals * tl.exp2(shift)))
-    rescaled = (moments + totals * shift) * tl.exp2(shift)
-    moment = tl.sum(tl.where(totals == 0, 0.0, rescaled))
+    total = tl.sum(totals * tl.exp2(shift))
+    moment = tl.sum((moments + totals * tl.maximum(shift, _FAR)) * tl.exp2(shift))
     logprob = tl.sum(tl.where(is_winner, drawn + shift, 0.0)) - tl.log2(total)
     entropy = tl.log2(total) - moment / total
     tl.store(token_ids_ptr + index, token)
@@ -253,6 +252,6 @@ def _merge_tiles(
         tops = tl.load(in_ptr + 7 * NUM_TILES, mask=inside, other=-float("inf"))
         totals = tl.load(in_ptr + 8 * NUM_TILES, mask=inside, other=0.0)
         shift = (tops - tl.max(tops)) * per_unit
-        total = tl.sum(tl.where(totals == 0, 0.0, totals * tl.exp2(shift)))
+        total = tl.sum(totals * tl.exp2(shift))
         cond = tl.sum(tl.where(is_winner, drawn + shift, 0.0)) - tl.log2(total)
         tl.store(scores_ptr + 2 * num_rows + index, certain_if(greedy, cond * _LN_2))

@@ -28,7 +28,7 @@ EXTREMES = [0, -1, 1, 2**31, -(2**31), 2**32, 2**62 + 12345, -(2**63), 2**63 - 1
 
 
 @triton.jit
-def _store_random(
+def _store_random(  # type: ignore[no-untyped-def]
     seed_ptr, image_ids_ptr, positions_ptr, bits_ptr, uniforms_ptr, noise_ptr,
     V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

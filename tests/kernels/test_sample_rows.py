@@ -29,7 +29,7 @@ DEVICE = torch.device("cuda" if NATIVE else "cpu")
 INF = float("inf")
 # fp32 sums of up to 16,384 terms in pairs or eighths, against fp64: relative 1e-6. Distances below
 # the maximum are products of fp32 numbers, so a log-prob of -1000 may be off by 1e-3.
-SCORES = {"rtol": 2e-6, "atol": 1e-5}
+RTOL, ATOL = 2e-6, 1e-5
 # Two noisy logits closer than this may change places: fp32 rounding of sums up to 23.
 CLOSE = 1e-5
 
@@ -55,6 +55,11 @@ def _settings(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> D
     return DrawSettings(scalars, filtered=top_k > 0 or top_p < 1)
 
 
+def _support(draw: Draw) -> Tensor:
+    assert draw.support is not None
+    return draw.support
+
+
 def _assert_as_specified(
     draw: Draw, logits: Tensor, keys: DrawKeys, settings: DrawSettings
 ) -> None:
@@ -65,8 +70,7 @@ def _assert_as_specified(
     kept = torch.ones_like(wide, dtype=torch.bool)
     if settings.filtered:
         kept = filter_mask(wide, top_k, top_p, temperature or 1.0)
-        assert draw.support is not None
-        differ = unpack_support(draw.support, wide.shape[1]) != kept
+        differ = unpack_support(_support(draw), wide.shape[1]) != kept
         assert not differ.any(), f"kept set differs at {differ.nonzero()[:5].tolist()}"
     scaled = (wide / (temperature or 1.0)).masked_fill(~kept, -INF)
     noisy = scaled + gumbel_noise(keys, wide.shape[1]) * bool(temperature)
@@ -74,8 +78,10 @@ def _assert_as_specified(
     assert (noisy.amax(dim=1) - drawn <= (CLOSE if temperature else 0)).all()
     chosen = scaled.log_softmax(dim=1).gather(1, draw.token_ids[:, None])[:, 0]
     expected = chosen if temperature else torch.zeros_like(chosen)
-    torch.testing.assert_close(draw.logprobs.double(), expected, **SCORES)
-    torch.testing.assert_close(draw.entropies.double(), want.entropies.double(), **SCORES)
+    torch.testing.assert_close(draw.logprobs.double(), expected, rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(
+        draw.entropies.double(), want.entropies.double(), rtol=RTOL, atol=ATOL
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 999, 1024, 4097])
@@ -136,8 +142,7 @@ def test_kept_sets_are_those_of_the_golden_cases(golden: Path) -> None:
     for i, (temperature, top_k, top_p) in enumerate(tensors["grid"].tolist()):
         settings = _settings(max(temperature, 1e-5), int(top_k), top_p)._replace(filtered=True)
         draw = sample_logits(logits, _keys(len(logits)), settings, support=True)
-        assert draw.support is not None
-        kept = unpack_support(draw.support, logits.shape[1]).cpu()
+        kept = unpack_support(_support(draw), logits.shape[1]).cpu()
         wanted = unpack_support(tensors["kept_bits"][i], logits.shape[1])
         for row in range(len(logits)):
             if (i, row) in ambiguous:
@@ -162,8 +167,8 @@ def test_the_tile_of_a_gpu_keeps_and_draws_the_same(monkeypatch: pytest.MonkeyPa
     _assert_as_specified(draws[0], logits, keys, settings)
     for draw in draws[1:]:
         assert torch.equal(draw.token_ids, draws[0].token_ids)
-        assert torch.equal(draw.support, draws[0].support)
-        torch.testing.assert_close(draw.logprobs, draws[0].logprobs, **SCORES)
+        assert torch.equal(_support(draw), _support(draws[0]))
+        torch.testing.assert_close(draw.logprobs, draws[0].logprobs, rtol=RTOL, atol=ATOL)
 
 
 def test_a_row_too_long_for_the_chip_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +222,7 @@ def test_a_row_gives_the_same_bits_alone_in_any_batch_and_again() -> None:
         key = DrawKeys(keys.seed, keys.image_ids[row : row + 1], keys.positions[row : row + 1])
         alone = sample_logits(logits[row : row + 1], key, settings, support=True)
         assert torch.equal(alone.logprobs, batch.logprobs[row : row + 1])
-        assert torch.equal(alone.support, batch.support[row : row + 1])
+        assert torch.equal(_support(alone), _support(batch)[row : row + 1])
 
 
 def test_another_seed_image_or_position_draws_another_token() -> None:
@@ -240,7 +245,7 @@ def test_rows_past_two_to_the_31_logits_are_found() -> None:
     logits[-1, 4321] = 50.0
     draw = sample_logits(logits, _keys(num_rows), _settings(1.0, 2000, 0.95), support=True)
     assert draw.token_ids[-1] == 4321
-    assert draw.support[-1].sum() == 0b01000000
+    assert _support(draw)[-1].sum() == 0b01000000
 
 
 @pytest.mark.gpu

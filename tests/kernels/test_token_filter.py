@@ -49,7 +49,8 @@ def _kept_by_hand(row: list[float], top_k: int, top_p: float) -> list[bool]:
     order = [i for i in order if row[i] > -INF]
     if top_p < 1:
         weights = torch.tensor([row[i] for i in order]).double().softmax(dim=0).tolist()
-        before, kept = 0.0, []
+        before = 0.0
+        kept: list[int] = []
         for i, weight in zip(order, weights, strict=True):
             if before > top_p and kept:
                 break
