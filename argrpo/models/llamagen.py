@@ -20,7 +20,7 @@ from argrpo.engine.conditions import Conditions, TextFeatures, moved_to
 from argrpo.engine.policy import PolicyShape, Prefix
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.kernels.guided_sampling import filter_mask, head_logits, mix_hidden, pack_support
-from argrpo.kernels.rmsnorm import rmsnorm
+from argrpo.kernels.rmsnorm import rmsnorm, rmsnorm_residual
 from argrpo.kernels.swiglu import swiglu
 from argrpo.kernels.token_logprobs import token_logprobs
 from argrpo.models.conditioning import CaptionEmbedding, LabelEmbedding
@@ -134,9 +134,12 @@ class LlamaGen(nn.Module):
 
     def trunk(self, x: Tensor, attend: Attend) -> Tensor:
         """[N, S, D] embeddings -> [N, S, D] final-norm hidden states."""
-        for layer in self.layers:
-            x = layer(x, attend)
-        return self.norm(x)
+        # Each norm also makes the residual add before it: one launch for both.
+        normed = self.layers[0].attention_norm(x)
+        norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
+        for layer, next_norm in zip(self.layers, norms, strict=True):
+            x, normed = layer(x, normed, attend, next_norm)
+        return normed
 
     def hidden(self, conditions: Conditions, token_ids: Tensor) -> Tensor:
         """Final-norm hidden states of given images; row t predicts token t. Differentiable.
@@ -264,6 +267,11 @@ class _RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rmsnorm(x, self.weight, self.eps)
 
+    def added(self, stream: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream with a block's update added, and its norm."""
+        normed, total = rmsnorm_residual(update, stream, self.weight, self.eps)
+        return total, normed
+
 
 class _Attention(nn.Module):
     def __init__(self, config: LlamaGenConfig) -> None:
@@ -293,11 +301,13 @@ class _Layer(nn.Module):
         self.attention_norm = _RMSNorm(config)
         self.ffn_norm = _RMSNorm(config)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        qkv = self.attention.wqkv(self.attention_norm(x))
-        qkv = qkv.unflatten(-1, (3, self.attention.num_heads, -1))
-        x = x + self.attention.wo(attend(self.index, qkv))
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(
+        self, stream: Tensor, normed: Tensor, attend: Attend, next_norm: _RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and its norm, from before this layer to before the next."""
+        qkv = self.attention.wqkv(normed).unflatten(-1, (3, self.attention.num_heads, -1))
+        stream, normed = self.ffn_norm.added(stream, self.attention.wo(attend(self.index, qkv)))
+        return next_norm.added(stream, self.feed_forward(normed))
 
 
 def rotary_table(config: LlamaGenConfig) -> Tensor:

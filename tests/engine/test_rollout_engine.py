@@ -253,7 +253,8 @@ def test_the_next_draw_uses_the_new_weights(policy: LlamaGen) -> None:
 def test_the_unconditional_half_is_dropped_after_the_interval(policy: LlamaGen) -> None:
     """Rows that go through the trunk, of an engine of 8 slots."""
     rows: list[int] = []
-    hook = policy.layers[0].register_forward_hook(lambda _, inputs, out: rows.append(len(out)))
+    first = policy.layers[0]
+    hook = first.register_forward_hook(lambda _, inputs, out: rows.append(len(inputs[0])))
 
     def steps(params: SamplingParams) -> list[int]:
         rows.clear()
