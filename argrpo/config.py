@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from argrpo.engine.sampling_params import SamplingParams
-from argrpo.objectives import ObjectiveConfig
+from argrpo.objective_config import ObjectiveConfig
 from argrpo.schedules import LearningRateConfig
 
 

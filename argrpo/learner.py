@@ -20,9 +20,10 @@ from argrpo.config import TrainConfig
 from argrpo.engine.conditions import select
 from argrpo.engine.rollout import Rollout
 from argrpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
+from argrpo.loss_batch import LossBatch, LossScale
 from argrpo.loss_metrics import LossMetrics
 from argrpo.models.llamagen import LlamaGen
-from argrpo.objectives import LossScale, policy_loss
+from argrpo.objectives import policy_loss
 from argrpo.optimizer import MasterAdamW
 from argrpo.schedules import learning_rate
 
@@ -123,16 +124,14 @@ class Learner:
         shape = (len(rows), rollout.token_ids.shape[1])
         scores = _scored_tokens(self._policy, rollout, rows, config.rollout.temperature)
         logprobs = scores.logprobs.view(shape)
-        loss = policy_loss(
-            logprobs,
+        batch = LossBatch(
             experience.advantages[rows],
-            config=config.objective,
-            scale=experience.scale,
+            experience.scale,
+            mask=_rows(experience.mask, rows),
             old_logprobs=_rows(experience.old_logprobs, rows),
             ref_logprobs=_rows(experience.ref_logprobs, rows),
-            entropies=scores.entropies.view(shape),
-            mask=_rows(experience.mask, rows),
         )
+        loss = policy_loss(logprobs, scores.entropies.view(shape), batch, config.objective)
         loss.loss.backward()
         self._optimizer.accumulate()
         return _MicroBatch(logprobs.detach(), loss.metrics)

@@ -17,8 +17,8 @@ class TokenTerms:
     """The terms of a loss, token by token; finite everywhere, also where a mask hides them."""
 
     ratio: Tensor  # [N, T] new over old probability, capped at delta where that is set
-    is_low: Tensor  # [N, T] bool: ratio below its lower bound and advantage below 0
-    is_high: Tensor  # [N, T] bool: ratio above its upper bound and advantage above 0
+    low: Tensor  # [N, T] share of the components: ratio below its bound and advantage below 0
+    high: Tensor  # [N, T] share of the components: ratio above its bound and advantage above 0
     kl: Tensor | None  # [N, T] nats, k3
     entropies: Tensor | None  # [N, T] nats
 
@@ -102,8 +102,8 @@ def measure(loss: Tensor, terms: TokenTerms, mask: Tensor | None) -> LossMetrics
     ratio = terms.ratio.double()
     counted = torch.ones_like(ratio) if mask is None else mask.double()
     row_tokens = counted.sum(dim=1)
-    low = (counted * terms.is_low).sum(dim=1)
-    high = (counted * terms.is_high).sum(dim=1)
+    low = (counted * terms.low).sum(dim=1)
+    high = (counted * terms.high).sum(dim=1)
     return LossMetrics(
         loss=loss.double(),
         num_tokens=row_tokens.sum(),

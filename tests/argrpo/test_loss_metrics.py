@@ -10,8 +10,8 @@ from torch import Tensor
 from argrpo.loss_metrics import LossMetrics, TokenTerms, measure
 
 RATIO = torch.tensor([[0.5, 1.0, 1.0, 0.7], [1.0, 1.5, 1.3, 1.9], [1.0, 1.1, 1.0, 0.1]])
-LOW = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]).bool()
-HIGH = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]).bool()
+LOW = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]).float()
+HIGH = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]).float()
 
 
 def metrics(rows: slice, mask: Tensor | None = None) -> LossMetrics:

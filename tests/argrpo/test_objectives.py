@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from argrpo.objectives import LossScale, ObjectiveConfig, policy_loss
+from argrpo.loss_batch import LossBatch, LossScale
+from argrpo.objective_config import ObjectiveConfig
+from argrpo.objectives import PolicyLoss, fixed_scales, has_fixed_scales, policy_loss
 
 # From the golden case: plain elementwise algebra, no ratio within 1e-6 of a clip corner.
 TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
@@ -20,6 +23,8 @@ TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
 }
 # The reference divides counts by token counts in fp32.
 CLIP_ATOL = 1e-6
+# Scales are rounded to fp32 once, and so is each of the two products behind them.
+FP32_SCALES: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-9}
 # The same sums in another order, fp64.
 REORDERED: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
 
@@ -34,6 +39,18 @@ PATTERN = re.compile(
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Tensor]:
     return load_file(Path(__file__).parents[1] / "golden/grpo_loss/expected.safetensors")
+
+
+def loss_of(batch: dict[str, Any]) -> PolicyLoss:
+    """`policy_loss` of everything that shapes it, by name."""
+    constants = {
+        name: value
+        for name, value in batch.items()
+        if name not in ("logprobs", "entropies", "config")
+    }
+    return policy_loss(
+        batch["logprobs"], batch.get("entropies"), LossBatch(**constants), batch["config"]
+    )
 
 
 def golden_batch(key: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
@@ -85,7 +102,7 @@ def test_loss_gradient_and_statistics_are_the_golden_ones(
     key: str, dtype: torch.dtype, tensors: dict[str, Tensor]
 ) -> None:
     batch, want = golden_batch(key, tensors, dtype), CASE["expected_scalars"][key]
-    result = policy_loss(**batch)
+    result = loss_of(batch)
     result.loss.backward()
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(
@@ -119,7 +136,7 @@ def test_each_token_alone_has_the_golden_loss(key: str, tensors: dict[str, Tenso
             if alone[name] is not None:
                 alone[name] = alone[name][row, column].reshape(1, 1)
         alone["advantages"] = batch["advantages"][row : row + 1]
-        loss = policy_loss(**alone).loss
+        loss = loss_of(alone).loss
         torch.testing.assert_close(loss, want[row, column], **TOLERANCES[torch.float64])
 
 
@@ -131,7 +148,7 @@ def test_micro_batches_add_up_to_the_whole_step(loss_type: Any, level: Any, ragg
         loss_type=loss_type, importance_sampling_level=level, beta=0.3, entropy_coef=0.02, delta=1.3
     )
     whole = random_batch(config, ragged=ragged)
-    want = policy_loss(**whole)
+    want = loss_of(whole)
     want.loss.backward()
 
     parts = random_batch(config, ragged=ragged)
@@ -141,7 +158,7 @@ def test_micro_batches_add_up_to_the_whole_step(loss_type: Any, level: Any, ragg
             name: value[rows] if isinstance(value, Tensor) else value
             for name, value in parts.items()
         }
-        result = policy_loss(**micro)
+        result = loss_of(micro)
         result.loss.backward()
         total += result.loss.item()
         metrics = result.metrics if metrics is None else metrics.merged(result.metrics)
@@ -157,7 +174,7 @@ def test_micro_batches_add_up_to_the_whole_step(loss_type: Any, level: Any, ragg
 def test_grpo_bnpo_and_dapo_are_one_mean_on_images_of_one_length() -> None:
     configs = [ObjectiveConfig(loss_type=name) for name in ("grpo", "bnpo", "dapo")]
     even, ragged = (
-        [policy_loss(**random_batch(config, ragged=ragged)).loss.item() for config in configs]
+        [loss_of(random_batch(config, ragged=ragged)).loss.item() for config in configs]
         for ragged in (False, True)
     )
     assert even == pytest.approx(even[:1] * 3, rel=REORDERED["rtol"])
@@ -168,7 +185,7 @@ def test_grpo_bnpo_and_dapo_are_one_mean_on_images_of_one_length() -> None:
 def test_on_policy_gradient_is_the_published_formula() -> None:
     beta = 0.1
     batch = random_batch(ObjectiveConfig(beta=beta), ragged=False) | {"old_logprobs": None}
-    policy_loss(**batch).loss.backward()
+    loss_of(batch).loss.backward()
     logprobs, ref = batch["logprobs"].detach(), batch["ref_logprobs"]
     pull = beta * (1 - (ref - logprobs).exp())
     want = (pull - batch["advantages"][:, None]) / logprobs.numel()
@@ -178,13 +195,13 @@ def test_on_policy_gradient_is_the_published_formula() -> None:
 def test_old_and_reference_logprobs_are_constants() -> None:
     batch = random_batch(ObjectiveConfig())
     frozen = {name: batch[name].requires_grad_() for name in ("old_logprobs", "ref_logprobs")}
-    policy_loss(**batch).loss.backward()
+    loss_of(batch).loss.backward()
     assert [values.grad for values in frozen.values()] == [None, None]
 
     forgot_detach = batch | {"old_logprobs": batch["logprobs"]}
     on_policy = batch | {"old_logprobs": None}
     grads = [
-        torch.autograd.grad(policy_loss(**either).loss, either["logprobs"])[0]
+        torch.autograd.grad(loss_of(either).loss, either["logprobs"])[0]
         for either in (forgot_detach, on_policy)
     ]
     assert torch.equal(*grads)
@@ -197,12 +214,12 @@ def test_a_sequence_has_one_ratio_and_is_clipped_as_a_whole() -> None:
     advantages = torch.tensor([2.0, 1.0, -1.0, -3.0], dtype=torch.float64)
     wobble = torch.tensor([-0.4, 0.0, 0.4], dtype=torch.float64)
     logprobs = (means[:, None] + wobble - 2).requires_grad_()
+    old = torch.full_like(logprobs, -2)
     result = policy_loss(
         logprobs,
-        advantages,
-        config=ObjectiveConfig(beta=0.0, importance_sampling_level="sequence"),
-        scale=LossScale(4, 12, 3),
-        old_logprobs=torch.full_like(logprobs, -2),
+        None,
+        LossBatch(advantages, LossScale(4, 12, 3), old_logprobs=old),
+        ObjectiveConfig(beta=0.0, importance_sampling_level="sequence"),
     )
     result.loss.backward()
     ratios = means.exp()
@@ -223,7 +240,7 @@ def test_what_stands_under_the_mask_never_matters(level: Any) -> None:
         bad = torch.where(dirty["mask"], dirty[name].detach(), torch.nan)
         bad[3, 0] = -torch.inf
         dirty[name] = bad.requires_grad_(dirty[name].requires_grad)
-    results = [policy_loss(**batch) for batch in (clean, dirty)]
+    results = [loss_of(batch) for batch in (clean, dirty)]
     for result in results:
         result.loss.backward()
     assert torch.equal(results[0].loss, results[1].loss)
@@ -234,12 +251,12 @@ def test_what_stands_under_the_mask_never_matters(level: Any) -> None:
 
 def test_entropy_is_rewarded_only_when_asked_and_costs_no_gradient_otherwise() -> None:
     batch = random_batch(ObjectiveConfig(entropy_coef=0.5), ragged=False)
-    policy_loss(**batch).loss.backward()
+    loss_of(batch).loss.backward()
     want = torch.full_like(batch["entropies"], -0.5 / batch["entropies"].numel())
     torch.testing.assert_close(batch["entropies"].grad, want, **REORDERED)
 
     measured = random_batch(ObjectiveConfig())
-    result = policy_loss(**measured)
+    result = loss_of(measured)
     result.loss.backward()
     assert measured["entropies"].grad is None
     mean = measured["entropies"][measured["mask"]].mean().item()
@@ -248,38 +265,11 @@ def test_entropy_is_rewarded_only_when_asked_and_costs_no_gradient_otherwise() -
 
 def test_a_reference_is_measured_but_does_not_pull_at_beta_0() -> None:
     batch = random_batch(ObjectiveConfig(beta=0.0))
-    with_reference = policy_loss(**batch)
-    without = policy_loss(**batch | {"ref_logprobs": None, "entropies": None})
+    with_reference = loss_of(batch)
+    without = loss_of(batch | {"ref_logprobs": None, "entropies": None})
     assert torch.equal(with_reference.loss, without.loss)
     assert with_reference.metrics.named()["kl"] > 0
     assert not {"kl", "entropy/policy"} & without.metrics.named().keys()
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("loss_type", "ppo"),
-        ("epsilon", 0.0),
-        ("epsilon", 1.0),
-        ("epsilon_high", 0.0),
-        ("delta", 1.2),
-        ("delta", float("nan")),
-        ("beta", -0.1),
-        ("importance_sampling_level", "image"),
-        ("entropy_coef", -1e-3),
-    ],
-)
-def test_a_setting_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{field}: expected .*, got '?{value}"):
-        ObjectiveConfig(**{field: value})
-
-
-def test_a_scale_without_images_or_a_delta_below_the_clip_is_refused() -> None:
-    with pytest.raises(ValueError, match="scale: expected at least 1 row"):
-        LossScale(num_rows=0, num_tokens=0, max_tokens=1)
-    assert ObjectiveConfig(epsilon_high=0.28, delta=1.3).ratio_bounds == (0.8, 1.28)
-    with pytest.raises(ValueError, match=r"^delta: .* above 1 \+ epsilon_high = 1.28, got 1.25"):
-        ObjectiveConfig(epsilon_high=0.28, delta=1.25)
 
 
 @pytest.mark.parametrize(
@@ -291,10 +281,80 @@ def test_a_scale_without_images_or_a_delta_below_the_clip_is_refused() -> None:
         ("old_logprobs", torch.zeros(7, 8).double(), r"old_logprobs: expected shape \[7, 9\]"),
         ("ref_logprobs", torch.zeros(7, 9), "ref_logprobs: expected float64, got float32"),
         ("ref_logprobs", None, r"ref_logprobs: expected \[N, T\] since beta is 0.1, got None"),
-        ("entropies", None, r"entropies: expected \[N, T\] since entropy_coef is 0.1, got None"),
+        ("entropies", None, r"entropies: expected \[N, T\] since entropy counts, got None"),
         ("mask", torch.ones(7, 9), "mask: expected bool, got float32"),
     ],
 )
 def test_a_wrong_input_is_refused_by_name(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        policy_loss(**random_batch(ObjectiveConfig(entropy_coef=0.1)) | {name: value})
+        loss_of(random_batch(ObjectiveConfig(entropy_coef=0.1)) | {name: value})
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_scales_known_beforehand_are_the_gradient_on_policy(loss_type: Any, level: Any) -> None:
+    config = ObjectiveConfig(loss_type=loss_type, importance_sampling_level=level, entropy_coef=0.1)
+    batch = random_batch(config) | {"old_logprobs": None}
+    columns = torch.stack([batch["advantages"], -2 * batch["advantages"] + 1], dim=1)
+    for advantages in (batch["advantages"], columns):
+        # The scales are fp32, as the kernel takes them.
+        constants = LossBatch(
+            advantages.float(), batch["scale"], batch["mask"], ref_logprobs=batch["ref_logprobs"]
+        )
+        assert has_fixed_scales(constants, config)
+        scales = fixed_scales(constants, config, num_tokens=9)
+        loss = loss_of(batch | {"advantages": advantages}).loss
+        wanted = torch.autograd.grad(loss, (batch["logprobs"], batch["entropies"]))
+        got = scales.of_logprobs(batch["logprobs"].detach().flatten()), scales.entropies
+        for want, have in zip(wanted, got, strict=True):
+            assert have is not None
+            assert want.abs().sum() > 0
+            torch.testing.assert_close(have, want.flatten(), check_dtype=False, **FP32_SCALES)
+
+
+def test_scales_are_not_known_beforehand_where_they_depend_on_other_tokens_or_on_the_draw() -> None:
+    batch = LossBatch(torch.zeros(2), LossScale(2, 6, 3))
+    assert has_fixed_scales(batch, ObjectiveConfig(beta=0.0, kl_level="sequence"))
+    assert not has_fixed_scales(batch, ObjectiveConfig(kl_level="sequence"))
+    assert not has_fixed_scales(batch, ObjectiveConfig(importance_sampling_cap=2.0))
+    old = LossBatch(torch.zeros(2), LossScale(2, 6, 3), old_logprobs=torch.zeros(2, 3))
+    assert not has_fixed_scales(old, ObjectiveConfig())
+    with pytest.raises(ValueError, match=r"ref_logprobs: expected \[N, T\] since beta is 0.1"):
+        fixed_scales(batch, ObjectiveConfig(), num_tokens=3)
+
+
+def test_components_are_clipped_apart_by_their_own_signs() -> None:
+    # Ratio 1.5: a gain is clipped at 1.2, a loss is not; their sum alone would be a gain.
+    logprobs = torch.tensor([[math.log(1.5)]], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([[3.0, -1.0]], dtype=torch.float64)
+    constants = {"old_logprobs": torch.zeros(1, 1, dtype=torch.float64)}
+    config, scale = ObjectiveConfig(beta=0.0), LossScale(1, 1, 1)
+    apart = policy_loss(logprobs, None, LossBatch(advantages, scale, **constants), config)
+    assert apart.loss.item() == pytest.approx(-3 * 1.2 + 1.5)
+    apart.loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(1.5)  # of the loss of 1 alone
+    assert apart.metrics.named()["clip_ratio/high_mean"] == 0.5
+    summed = LossBatch(advantages.sum(dim=1), scale, **constants)
+    assert policy_loss(logprobs, None, summed, config).loss.item() == pytest.approx(-2 * 1.2)
+
+
+def test_a_capped_weight_corrects_a_draw_in_another_precision() -> None:
+    config = ObjectiveConfig(beta=0.0, importance_sampling_cap=1.1)
+    # The sampler gave the tokens 1/2 and 1/1.05 of the policy's probability: weights 1.1 and 1.05.
+    logprobs = torch.full((1, 2), -3.0, dtype=torch.float64, requires_grad=True)
+    drawn = logprobs.detach() - torch.tensor([[2.0, 1.05]], dtype=torch.float64).log()
+    advantages = torch.tensor([2.0], dtype=torch.float64)
+    batch = LossBatch(advantages, LossScale(1, 2, 2), draw_logprobs=drawn)
+    loss = policy_loss(logprobs, None, batch, config).loss
+    loss.backward()
+    want = torch.tensor([[-1.1, -1.05]], dtype=torch.float64)  # -w A / T
+    torch.testing.assert_close(logprobs.grad, want, **REORDERED)
+    assert loss.item() == pytest.approx(want.sum().item())
+    with pytest.raises(ValueError, match=r"draw_logprobs: expected .* importance_sampling_cap is"):
+        policy_loss(logprobs, None, LossBatch(advantages, LossScale(1, 2, 2)), config)
+
+
+def test_a_scale_without_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="scale: expected at least 1 row"):
+        LossScale(num_rows=0, num_tokens=0, max_tokens=1)

@@ -24,7 +24,7 @@ from argrpo.learner import NonFiniteError
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
-from argrpo.objectives import ObjectiveConfig
+from argrpo.objective_config import ObjectiveConfig
 from argrpo.run_folder import RunFolder
 from argrpo.schedules import LearningRateConfig
 from argrpo.trainer import Trainer, choose_device, draw_seed
