@@ -12,6 +12,7 @@ written, and a large matrix product. Zeros would run faster than any real input.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,10 @@ class Timing:
         """How far the middle 60 % of the samples lie apart, as a part of the median."""
         return (self.p80_us - self.p20_us) / self.p50_us
 
+    def shared(self, calls: int) -> "Timing":
+        """One call's part of the time of a pass through so many."""
+        return Timing(self.p20_us / calls, self.p50_us / calls, self.p80_us / calls, self.samples)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -129,6 +134,11 @@ def measure(calls: Sequence[Call], clock: Clock, *, warmup: int = 3, samples: in
 
 def measure_graph(calls: Sequence[Call], *, samples: int = 30) -> Timing:
     """`measure` on a GPU, the pass captured once and replayed: no host time between the calls."""
+    return measure([captured(calls).replay], EventClock(), samples=samples).shared(len(calls))
+
+
+def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """A graph of the calls in order. None of them may synchronise, see `synchronises`."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # capture wants its kernels compiled and its memory warm
@@ -139,9 +149,24 @@ def measure_graph(calls: Sequence[Call], *, samples: int = 30) -> Timing:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    replay = measure([graph.replay], EventClock(), samples=samples)
-    scale = 1 / len(calls)
-    return Timing(replay.p20_us * scale, replay.p50_us * scale, replay.p80_us * scale, samples)
+    return graph
+
+
+def synchronises(call: Call) -> bool:
+    """Whether a call on a GPU waits for the device, and so cannot be captured.
+
+    A capture that fails leaves the process's random state unusable; this asks before.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def hot_calls(call: Call, repeats: int = 20) -> list[Call]:
@@ -157,8 +182,12 @@ def cold_calls(make_call: Callable[[], Call], set_bytes: int, cache_bytes: int) 
         set_bytes: bytes of one set, outputs included.
         cache_bytes: size of the last cache; `l2_bytes` of a GPU.
     """
-    wanted = -(-2 * cache_bytes // max(set_bytes, 1)) + 1
-    return [make_call() for _ in range(min(max(wanted, 2), MAX_INPUT_SETS))]
+    return [make_call() for _ in range(min(cold_sets(set_bytes, cache_bytes), MAX_INPUT_SETS))]
+
+
+def cold_sets(set_bytes: int, cache_bytes: int) -> int:
+    """How many input sets a pass needs so that each has left the cache when its turn comes."""
+    return max(-(-2 * cache_bytes // max(set_bytes, 1)) + 1, 2)
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -220,17 +249,35 @@ def pinned_threads(count: int) -> Iterator[None]:
 def environment(device: torch.device) -> dict[str, str]:
     """Which machine, which versions, which commit: a part of every row."""
     gpu = device.type == "cuda"
-    root = Path(__file__).parents[1]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
-    return {
+    described = {
         "device": torch.cuda.get_device_name(device) if gpu else platform.machine() or "cpu",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": commit or "unknown",
+        "commit": commit_described(),
     }
+    return described | ({"driver": _driver()} if gpu else {})
+
+
+def commit_described() -> str:
+    """The commit of this checkout, marked where files differ from it; "unknown" without git."""
+    return _first_line("git", "describe", "--always", "--dirty") or "unknown"
+
+
+def _driver() -> str:
+    return _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or (
+        "unknown"
+    )
+
+
+def _first_line(*command: str) -> str:
+    """Of what a program prints when it runs in the checkout; nothing where it is missing."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
