@@ -14,19 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from argrpo.engine.attention import Attend, CausalAttend, prefix_allowed
-from argrpo.engine.conditions import Conditions, TextFeatures, moved_to
+from argrpo.engine.conditions import Conditions
 from argrpo.engine.policy import PolicyShape, Prefix
 from argrpo.engine.sampling_params import SamplingParams
-from argrpo.kernels.guided_sampling import filter_mask, head_logits, mix_hidden, pack_support
 from argrpo.kernels.rmsnorm import rmsnorm, rmsnorm_residual
 from argrpo.kernels.swiglu import swiglu
-from argrpo.kernels.token_logprobs import token_logprobs
 from argrpo.models.conditioning import CaptionEmbedding, LabelEmbedding
+from argrpo.models.scoring import drawn_logits, drawn_logprobs
 
 _INIT_STD = 0.02
-_SUPPORT_CHUNK = 512  # rows of logits held at once while a support is rebuilt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +81,7 @@ class LlamaGen(nn.Module):
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoints_layers = False
         self._rotary = rotary_table(config)
         self.cls_embedding = (
             LabelEmbedding(config.num_classes, config.dim)
@@ -133,12 +133,24 @@ class LlamaGen(nn.Module):
         return self.cls_embedding.null(conditions)
 
     def trunk(self, x: Tensor, attend: Attend) -> Tensor:
-        """[N, S, D] embeddings -> [N, S, D] final-norm hidden states."""
+        """[N, S, D] embeddings -> [N, S, D] final-norm hidden states.
+
+        With `checkpoints_layers` a pass that is differentiated keeps what goes into each layer and
+        makes the rest of it again in the backward pass.
+        """
         # Each norm also makes the residual add before it: one launch for both.
         normed = self.layers[0].attention_norm(x)
         norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
         for layer, next_norm in zip(self.layers, norms, strict=True):
-            x, normed = layer(x, normed, attend, next_norm)
+            if self.checkpoints_layers and torch.is_grad_enabled():
+                # A layer draws no random number whose state would have to be kept.
+                x, normed = checkpoint(
+                    *(layer, x, normed, attend, next_norm),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x, normed = layer(x, normed, attend, next_norm)
         return normed
 
     def hidden(self, conditions: Conditions, token_ids: Tensor) -> Tensor:
@@ -178,8 +190,7 @@ class LlamaGen(nn.Module):
             [N, T, V] fp32; row t predicts token t.
         """
         params = SamplingParams(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
-        hidden = self._drawn_hidden(conditions, token_ids, params)
-        return head_logits(hidden.flatten(0, 1), self.head_weight).unflatten(0, token_ids.shape)
+        return drawn_logits(self, conditions, token_ids, params)
 
     def logprobs(
         self,
@@ -203,59 +214,7 @@ class LlamaGen(nn.Module):
         Returns:
             [N, T] fp32.
         """
-        hidden = self._drawn_hidden(conditions, token_ids, params).flatten(0, 1)
-        chosen = token_ids.flatten()
-        if params.temperature == 0:
-            return self._greedy_logprobs(hidden, chosen).view(token_ids.shape)
-        kept = None if support is None else support.flatten(0, 1)
-        if kept is None and params.is_filtered:
-            kept = self._support(hidden, params)
-        scores = token_logprobs(hidden, self.head_weight, chosen, params.temperature, kept)
-        return scores.logprobs.view(token_ids.shape)
-
-    def _drawn_hidden(
-        self, conditions: Conditions, token_ids: Tensor, params: SamplingParams
-    ) -> Tensor:
-        """[N, T, D] hidden states that the head turns into the (mixed) logits of a draw."""
-        conditions = moved_to(conditions, token_ids.device)
-        self.check_conditions(conditions)
-        self._check_token_ids(conditions, token_ids)
-        cond = self.hidden(conditions, token_ids)
-        num_guided = params.num_guided(token_ids.shape[1])
-        if num_guided == 0:
-            return cond
-        uncond = self.hidden(self.null_conditions(conditions), token_ids[:, :num_guided])
-        guided = mix_hidden(cond[:, :num_guided], uncond, params.guidance_scale)
-        return torch.cat([guided, cond[:, num_guided:]], dim=1)
-
-    def _check_token_ids(self, conditions: Conditions, token_ids: Tensor) -> None:
-        rows = len(conditions.rows) if isinstance(conditions, TextFeatures) else len(conditions)
-        limit = self.config.num_image_tokens
-        fits = token_ids.dim() == 2 and len(token_ids) == rows
-        if not fits or not 1 <= token_ids.shape[1] <= limit or token_ids.dtype != torch.int64:
-            raise ValueError(
-                f"token_ids: expected int64 of shape [{rows}, 1..{limit}], "
-                f"got {token_ids.dtype} {list(token_ids.shape)}"
-            )
-
-    @torch.no_grad()
-    def _greedy_logprobs(self, hidden: Tensor, chosen: Tensor) -> Tensor:
-        best = torch.cat(
-            [head_logits(h, self.head_weight).argmax(dim=1) for h in hidden.split(_SUPPORT_CHUNK)]
-        )
-        return torch.zeros(len(chosen), device=chosen.device).masked_fill(
-            best != chosen, -torch.inf
-        )
-
-    @torch.no_grad()
-    def _support(self, hidden: Tensor, params: SamplingParams) -> Tensor:
-        """[N * T, ceil(V / 8)] uint8 kept sets, found from the logits a chunk at a time."""
-        parts = []
-        for chunk in hidden.split(_SUPPORT_CHUNK):
-            logits = head_logits(chunk, self.head_weight)
-            kept = filter_mask(logits, params.top_k, params.top_p, params.temperature)
-            parts.append(pack_support(kept))
-        return torch.cat(parts)
+        return drawn_logprobs(self, conditions, token_ids, params, support)
 
 
 class _RMSNorm(nn.Module):

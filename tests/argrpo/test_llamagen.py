@@ -244,3 +244,25 @@ def test_wrong_token_ids_are_refused_by_name(token_ids: Tensor, message: str) ->
         policy.logprobs(torch.zeros(2, dtype=torch.int64), token_ids, SamplingParams())
     with pytest.raises(ValueError, match=expected):
         policy.logits(torch.zeros(2, dtype=torch.int64), token_ids)
+
+
+def test_checkpointed_layers_give_the_same_gradients_and_keep_less() -> None:
+    policy = LlamaGen(config())
+    labels, token_ids = torch.arange(3), torch.randint(0, 16, (3, 9))
+    gradients, kept_bytes = [], []
+    for is_checkpointed in (False, True):
+        policy.checkpoints_layers = is_checkpointed
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: (kept.append(tensor.nbytes), tensor)[1],  # type: ignore[misc]
+            lambda tensor: tensor,
+        ):
+            loss = policy.hidden(labels, token_ids).square().sum()
+        loss.backward()
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+        kept_bytes.append(sum(kept))
+        policy.zero_grad()
+    # The same operations on the same numbers, once more.
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+    assert kept_bytes[1] < kept_bytes[0] / 2
