@@ -1,1 +1,1 @@
-"""Measures of a set of images against references: nothing here is ever a reward."""
+"""Measures of a set of images against references, and what they need: features and moments."""
