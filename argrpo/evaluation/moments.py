@@ -23,6 +23,12 @@ class Moments:
     def dim(self) -> int:
         return len(self.mean)
 
+    def to(self, device: torch.device) -> "Moments":
+        cov = None if self.cov is None else self.cov.to(device)
+        return Moments(
+            self.mean.to(device), self.std.to(device), cov, self.features, self.num_images
+        )
+
 
 class MomentSums:
     """Adds features up, a part at a time, and says their moments."""
@@ -91,6 +97,9 @@ class RawMoments:
     first: Tensor  # [C] fp64
     second: Tensor  # [C] squares, or [C, C] products; fp64
     weight: float  # what the averaged terms' weights add up to; 0 before the first, then up to 1
+
+    def to(self, device: torch.device) -> "RawMoments":
+        return RawMoments(self.first.to(device), self.second.to(device), self.weight)
 
     @classmethod
     def empty(cls, dim: int, *, full: bool) -> "RawMoments":

@@ -1,0 +1,159 @@
+"""Moments of the images that others are compared with: from a file, a folder or a dataset.
+
+Images of a folder go through the same network and preprocessing as generated ones.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import functional as VF
+
+from argrpo.digits.dataset import load_split
+from argrpo.evaluation.features import FeatureExtractor, FeatureKind
+from argrpo.evaluation.moment_files import load_moments
+from argrpo.evaluation.moments import Moments, MomentSums
+
+_DATASET = "dataset:"
+_DIGITS = "digits/"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_SHEET = "grid.png"  # `argrpo sample` leaves one among its images
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentsConfig:
+    """Mean and covariance of images' features, as a file that the loo_fid reward compares with."""
+
+    images: str
+    """Folder of images, searched with its folders; or dataset:digits/SPLIT, the embedded ones."""
+
+    output: str
+    """The npz file to write."""
+
+    features_path: str
+    """Weights of the network: a file for inception, a folder for the others; digits:reward_judge
+    is an embedded one."""
+
+    features: FeatureKind = "inception"
+    """The network that makes features."""
+
+    image_size: int | None = None
+    """Crop to the middle square and resize to this many pixels first: the size of the policy's
+    images. None takes images as they are; they must be squares of one size."""
+
+    batch: int = 64
+    """Images in the network at a time; bounds memory."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+
+    cache_dir: str | None = None
+    """Where the embedded models are kept; None: argrpo under the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {self.batch}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size: expected at least 1, got {self.image_size}")
+
+
+def reference_moments(
+    source: str, extractor: FeatureExtractor, *, image_size: int | None = None, batch: int = 64
+) -> Moments:
+    """Moments from an npz file, a folder of images or `dataset:digits/SPLIT`.
+
+    Args:
+        source: the file, folder or dataset.
+        extractor: makes the features; those of a file must be its own.
+        image_size: of a folder: crop to the middle square and resize to it first. None: images
+            must be squares of one size.
+        batch: images read at a time.
+
+    Raises:
+        ValueError: there are none or they do not fit the extractor, or an image cannot be read.
+        FileNotFoundError: nothing is there.
+    """
+    if source.startswith(_DATASET):
+        return _sums(_dataset(source).split(batch), extractor)
+    if Path(source).is_dir():
+        return _sums(_images(Path(source), image_size, batch), extractor)
+    if not Path(source).exists():
+        raise FileNotFoundError(f"expected an npz file or a folder of images, got {source}")
+    moments = load_moments(source)
+    check_moments(moments, extractor, source)
+    return moments
+
+
+def check_moments(moments: Moments, extractor: FeatureExtractor, source: str) -> None:
+    """Refuse moments of other features.
+
+    Raises:
+        ValueError: another number of them, or another network where the file names it.
+    """
+    remedy = "make the file with argrpo moments and the same features and features_path"
+    if moments.dim != extractor.dim:
+        raise ValueError(
+            f"expected moments of {extractor.dim} features as {extractor.name} makes them, got "
+            f"{moments.dim} in {source}; {remedy}"
+        )
+    if moments.features not in (None, extractor.name):
+        raise ValueError(
+            f"expected moments of features by {extractor.name}, got those of {moments.features} "
+            f"in {source}; {remedy}"
+        )
+
+
+def _sums(parts: Iterator[Tensor] | tuple[Tensor, ...], extractor: FeatureExtractor) -> Moments:
+    sums = MomentSums(extractor.dim)
+    for part in parts:
+        sums.add(extractor(part))
+    return sums.moments(extractor.name)
+
+
+def _dataset(source: str) -> Tensor:
+    name = source.removeprefix(_DATASET)
+    if not name.startswith(_DIGITS):
+        raise ValueError(f"expected {_DATASET}{_DIGITS}SPLIT, got {source}")
+    return load_split(name.removeprefix(_DIGITS)).images
+
+
+def _images(folder: Path, image_size: int | None, batch: int) -> Iterator[Tensor]:
+    """Parts [n, 3, H, W] fp32 in [0, 1] of all images, in the order of their paths."""
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES and path.name != _SHEET
+    )
+    if not paths:
+        raise ValueError(f"expected images ({', '.join(_SUFFIXES)}), got none in {folder}")
+    first: Tensor | None = None
+    for start in range(0, len(paths), batch):
+        part = [_image(path, image_size) for path in paths[start : start + batch]]
+        first = part[0] if first is None else first
+        for path, image in zip(paths[start:], part, strict=False):
+            if image.shape != first.shape or image.shape[1] != image.shape[2]:
+                raise ValueError(
+                    f"expected squares of one size in {folder}, got {list(image.shape[1:])} in "
+                    f"{path.name}; image_size crops and resizes them"
+                )
+        yield torch.stack(part)
+
+
+def _image(path: Path, image_size: int | None) -> Tensor:
+    try:
+        with Image.open(path) as picture:
+            pixels = VF.pil_to_tensor(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"expected an image, got {path}: {error}") from error
+    image = pixels.float() / 255.0
+    if image_size is None:
+        return image
+    square = VF.center_crop(image, [min(image.shape[1:])] * 2)
+    bicubic = VF.InterpolationMode.BICUBIC
+    resized = VF.resize(square, [image_size] * 2, interpolation=bicubic, antialias=True)
+    # Bicubic weights are negative in places and leave [0, 1] at sharp edges.
+    return resized.clamp(0.0, 1.0)
