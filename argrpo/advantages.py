@@ -34,6 +34,7 @@ class Advantages:
     """How much better than its group each image is."""
 
     values: Tensor  # [P, G] in the dtype of the rewards; 0 where `used` is False
+    components: Tensor  # [P, G, R'] of which `values` is the sum, weights included
     used: Tensor  # [P, G] bool: scored, in a group of at least two scores; the rest has no say
     group_std: Tensor  # [P, R'] in that dtype, R' columns normalised apart; 0 below two scores
 
@@ -132,8 +133,10 @@ def _advantages(scores: Tensor, weights: Tensor, scale: Scale) -> Advantages:
     squares = deviations.square().sum(dim=1, keepdim=True)
     std = (squares / (num_scored - 1).clamp(min=1)).sqrt()
     normalised = deviations / (std + _STD_OFFSET) if scale == "group" else deviations
+    components = normalised * weights.double()
     return Advantages(
-        values=(normalised * weights.double()).sum(dim=2).to(scores.dtype),
+        values=components.sum(dim=2).to(scores.dtype),
+        components=components.to(scores.dtype),
         used=used.squeeze(2),
         group_std=std.squeeze(1).to(scores.dtype),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.learner_config import ParityConfig, ReferenceConfig
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.schedules import LearningRateConfig
 
@@ -188,10 +189,21 @@ class TrainConfig:
     """Rollout iterations."""
 
     inner_epochs: int = 1
-    """Optimizer steps on each rollout."""
+    """Passes over each rollout."""
+
+    minibatches: int = 1
+    """Optimizer steps of each pass, every one on its own images; divides the images of a step."""
 
     micro_batch: int = 8
     """Images per forward and backward pass; changes memory and speed, not the result."""
+
+    gradient_checkpointing: bool = False
+    """Keep only what goes into each layer and make the rest again backwards: less memory, a third
+    more time in the trunk."""
+
+    weight_ema: float | None = None
+    """Share of the average of weights that stays at each step, in (0, 1); the average is what is
+    shown, evaluated and saved. None averages nothing."""
 
     max_slots: int | None = None
     """Images drawn at a time; None draws all images of a step together."""
@@ -217,8 +229,14 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What an optimizer step minimises."""
 
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """The model that the KL is measured to."""
+
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the weights move."""
+
+    parity: ParityConfig = field(default_factory=ParityConfig)
+    """Quirks of released codes."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
     """What the run leaves behind."""
@@ -233,6 +251,15 @@ class TrainConfig:
         _at_least("num_steps", self.num_steps, 1)
         _at_least("inner_epochs", self.inner_epochs, 1)
         _at_least("micro_batch", self.micro_batch, 1)
+        if self.minibatches < 1 or self.images_per_step % self.minibatches:
+            raise ValueError(
+                f"minibatches: expected a divisor of the {self.images_per_step} images of a step, "
+                f"got {self.minibatches}"
+            )
+        if self.weight_ema is not None and not 0 < self.weight_ema < 1:
+            raise ValueError(
+                f"weight_ema: expected None or a number in (0, 1), got {self.weight_ema}"
+            )
         if self.max_slots is not None:
             _at_least("max_slots", self.max_slots, 1)
         if not self.rewards:
@@ -242,22 +269,49 @@ class TrainConfig:
                 "rollout.temperature: expected above 0, got 0; greedy images of a prompt are all "
                 "the same and leave nothing to compare"
             )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        objective, drawn = self.objective, self.rollout
+        is_guided = objective.policy == "guided"
+        scores_the_draw = is_guided or not (drawn.is_guided or drawn.is_filtered)
+        if objective.needs_draw_logprobs and not scores_the_draw:
+            raise ValueError(
+                "objective.policy: expected guided, since the log-probs of the draw enter the "
+                "objective, got conditional; or draw without guidance and filters"
+            )
+        if objective.clip_components and self.advantage.aggregation == "sum_then_normalize":
+            raise ValueError(
+                "objective.clip_components: expected rewards that are normalised apart, got "
+                f"advantage.aggregation {self.advantage.aggregation}"
+            )
+        if self.parity.label_dropout and is_guided:
+            raise ValueError(
+                "parity.label_dropout: expected 0 with objective.policy guided, got "
+                f"{self.parity.label_dropout}"
+            )
 
     @property
     def images_per_step(self) -> int:
         return self.prompts_per_step * self.images_per_prompt
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on each rollout."""
+        return self.inner_epochs * self.minibatches
+
 
 def describe(config: TrainConfig) -> list[str]:
     """What follows from the two knobs, in words; printed before the first step."""
-    micro_steps = -(-config.images_per_step // config.micro_batch)
+    minibatch = config.images_per_step // config.minibatches
+    micro_steps = -(-minibatch // config.micro_batch)
     slots = config.max_slots or config.images_per_step
     total = config.num_steps * config.images_per_step
     return [
         f"{config.prompts_per_step} prompts x {config.images_per_prompt} images = "
         f"{config.images_per_step} images a step, drawn {min(slots, config.images_per_step)} "
         "at a time",
-        f"{config.inner_epochs} optimizer step(s) a rollout, each over {micro_steps} "
-        f"micro-batch(es) of {min(config.micro_batch, config.images_per_step)}",
+        f"{config.updates_per_step} optimizer step(s) a rollout, each over {micro_steps} "
+        f"micro-batch(es) of {min(config.micro_batch, minibatch)}",
         f"{config.num_steps} steps, {total} images in all",
     ]

@@ -1,15 +1,16 @@
 """From a rollout and its advantages to a better policy.
 
-The log-probs of policy and reference are those of the conditional model at the draw's temperature,
-over the whole codebook, whatever guidance and filters drew the tokens: AR-GRPO's recipe.
+    prepare    log-probs that stay fixed while the policy moves: of the reference, and of the policy
+               itself where a rollout has several optimizer steps
+    learn      inner_epochs passes over the images, minibatches optimizer steps each
+
+Which distribution the tokens are scored under is `objective.policy`, see argrpo/token_scores.py.
 
 Shapes: N images of a step, m images of a micro-batch, T tokens of an image.
 """
 
-import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,124 +18,179 @@ from torch import Tensor
 
 from argrpo.advantages import Advantages
 from argrpo.config import TrainConfig
-from argrpo.engine.conditions import select
 from argrpo.engine.rollout import Rollout
-from argrpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
-from argrpo.loss_batch import LossBatch, LossScale
+from argrpo.engine.sampling_params import SamplingParams
+from argrpo.experience import Experience
+from argrpo.head_gradients import LearnedBatch, backward
+from argrpo.kernels.token_logprobs import TokenLogprobs
+from argrpo.loss_batch import LossBatch
 from argrpo.loss_metrics import LossMetrics
 from argrpo.models.llamagen import LlamaGen
-from argrpo.objectives import policy_loss
 from argrpo.optimizer import MasterAdamW
+from argrpo.reference import Reference
 from argrpo.schedules import learning_rate
+from argrpo.token_scores import (
+    TokensToScore,
+    head_inputs,
+    scored,
+    tokens_to_score,
+    with_null_labels,
+)
+from argrpo.weight_average import WeightAverage
+
+_CONDITIONAL = SamplingParams()
 
 
 class NonFiniteError(RuntimeError):
     """A gradient is not a finite number; the weights are those of the step before."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Experience:
-    """One step's images, ready to be learned from."""
+class _Update(NamedTuple):
+    """One optimizer step."""
 
-    rollout: Rollout
-    advantages: Tensor  # [N] fp32
-    mask: Tensor | None  # [N, T] bool, the images that learn; None: all of them
-    scale: LossScale
-    old_logprobs: Tensor | None  # [N, T] fp32; None: those of the forward pass itself
-    ref_logprobs: Tensor | None  # [N, T] fp32
-
-
-class _MicroBatch(NamedTuple):
-    logprobs: Tensor  # [m, T] fp32, detached
+    rows: Tensor  # [n] its images
+    logprobs: Tensor  # [n, T] fp32, before it
     metrics: LossMetrics
+    grad_norm: float
 
 
 class Learner:
-    """Holds what moves the policy: the objective, the frozen reference, the optimizer."""
+    """Holds what moves the policy: the objective, the reference, the optimizer."""
 
     def __init__(self, policy: LlamaGen, config: TrainConfig) -> None:
         """The reference is the policy as it is now; without a KL there is none."""
         self._policy = policy
         self._config = config
-        self._reference = _frozen_copy(policy) if config.objective.beta > 0 else None
+        policy.checkpoints_layers = config.gradient_checkpointing
+        has_kl = config.objective.beta > 0
+        self._reference = Reference(policy, config.reference) if has_kl else None
         self._optimizer = MasterAdamW(
             policy.named_parameters(),
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
             max_grad_norm=config.optimizer.max_grad_norm,
         )
+        self._head_name = next(
+            name for name, weight in policy.named_parameters() if weight is policy.head_weight
+        )
+        decay = config.weight_ema
+        self._average = None if decay is None else WeightAverage(policy, decay)
+        self._dropout = torch.Generator().manual_seed(config.seed)
         self._num_optimizer_steps = 0
+
+    @property
+    def wants_support(self) -> bool:
+        """Whether a filtered draw must remember its kept sets."""
+        return self._config.objective.policy == "guided"
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the policy's weights are their moving average, where the run keeps one."""
+        return nullcontext() if self._average is None else self._average.applied()
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout, advantages: Advantages) -> Experience:
         """Log-probs that stay fixed while the policy moves."""
-        reference = old = None
+        objective, device = self._config.objective, rollout.token_ids.device
+        tokens = tokens_to_score(rollout, objective.policy)
+        reference = None
         if self._reference is not None:
-            reference = self._all_logprobs(self._reference, rollout)
-        if self._config.inner_epochs > 1:
-            old = self._all_logprobs(self._policy, rollout)
-        device = rollout.token_ids.device
-        # Without a score, or another to compare it with, an image does not even feel the KL.
-        used = advantages.used.flatten().to(device)
-        num_used = int(used.sum())
-        mask = None if num_used == len(used) else used[:, None].expand_as(rollout.token_ids)
-        num_tokens = rollout.token_ids.shape[1]
-        scale = LossScale(max(num_used, 1), num_used * num_tokens, num_tokens)
-        values = advantages.values.flatten().to(device)
-        return Experience(rollout, values, mask, scale, old, reference)
+            with self._reference.on_device() as model:
+                reference = scored(model, tokens, self._config.micro_batch).logprobs
+        before = self._before_updates(rollout, tokens)
+        used = advantages.used.flatten()
+        values = advantages.components.flatten(0, 1)
+        if not objective.clip_components:
+            values = advantages.values.flatten()
+        return Experience(
+            rollout=rollout,
+            tokens=tokens,
+            advantages=values.to(device),
+            used=used.to(device),
+            all_used=bool(used.all()),
+            old_logprobs=None if before is None else before.logprobs,
+            ref_logprobs=reference,
+            draw_logprobs=rollout.logprobs if objective.needs_draw_logprobs else None,
+            entropies=None if before is None else before.entropies,
+        )
 
-    def learn(self, experience: Experience, step: int) -> dict[str, float]:
-        """One optimizer step per inner epoch on the same images; metrics are those of the last.
+    def learn(
+        self, experience: Experience, step: int, *, entropy_coef: float | Tensor | None = None
+    ) -> dict[str, float]:
+        """All optimizer steps on the same images.
 
         Args:
             experience: from `prepare`.
             step: 0-based, for the learning rate.
+            entropy_coef: the reward for entropy in place of the objective's; a tensor [N] has one
+                for each image.
+
+        Returns:
+            Metrics of the last pass over the images, except how far the draw's log-probs lie from
+            the policy's, which is of the first optimizer step.
 
         Raises:
-            NonFiniteError: the gradient is not finite; the weights are as before.
+            NonFiniteError: a gradient is not finite; the weights are as before.
         """
+        coefficients = _per_image(entropy_coef, experience)
+        metrics = self._policy_entropy(experience.tokens)
         for epoch in range(self._config.inner_epochs):
-            parts = [self._accumulate(experience, rows) for rows in self._micro_batches()]
+            updates = [
+                self._update(experience, rows, step, coefficients)
+                for rows in self._minibatches(len(experience))
+            ]
             if epoch == 0:
-                mismatch = _draw_mismatch(experience.rollout, parts)
-            # Without a single score only old momentum would move the weights.
-            grad_norm = self._step_optimizer(step) if experience.scale.num_tokens else 0.0
-        metrics = parts[0].metrics
-        for part in parts[1:]:
-            metrics = metrics.merged(part.metrics)
+                metrics |= _draw_mismatch(experience.rollout, updates[0])
+        if self._reference is not None:
+            self._reference.after_step(step + 1, self._policy)
+        if self._average is not None:
+            self._average.update()
         return {
-            **metrics.named(entropy_name=self._entropy_name),
-            **mismatch,
-            "grad_norm": grad_norm,
+            **self._measured(updates, experience),
+            **metrics,
             "learning_rate": self._learning_rate(step),
             "optimizer_step": float(self._num_optimizer_steps),
         }
 
-    def _all_logprobs(self, policy: LlamaGen, rollout: Rollout) -> Tensor:
-        temperature = rollout.params.temperature
-        parts = [
-            _scored_tokens(policy, rollout, rows, temperature).logprobs
-            for rows in self._micro_batches()
-        ]
-        return torch.cat(parts).view(rollout.token_ids.shape)
+    def _before_updates(self, rollout: Rollout, tokens: TokensToScore) -> TokenLogprobs | None:
+        """[N, T] scores that ratios compare with; None: each pass is its own."""
+        config = self._config
+        if config.updates_per_step == 1:
+            return None
+        if config.objective.old_logprobs == "draw":
+            return TokenLogprobs(rollout.logprobs, rollout.entropies)
+        return scored(self._policy, self._trained(tokens), config.micro_batch)
 
-    def _accumulate(self, experience: Experience, rows: Tensor) -> _MicroBatch:
-        """Forward and backward of some images; their gradient adds to that of the step."""
-        rollout, config = experience.rollout, self._config
-        shape = (len(rows), rollout.token_ids.shape[1])
-        scores = _scored_tokens(self._policy, rollout, rows, config.rollout.temperature)
-        logprobs = scores.logprobs.view(shape)
-        batch = LossBatch(
-            experience.advantages[rows],
-            experience.scale,
-            mask=_rows(experience.mask, rows),
-            old_logprobs=_rows(experience.old_logprobs, rows),
-            ref_logprobs=_rows(experience.ref_logprobs, rows),
+    def _update(
+        self, experience: Experience, rows: Tensor, step: int, coefficients: Tensor | None
+    ) -> _Update:
+        """One optimizer step on some images."""
+        config = self._config
+        group = config.images_per_prompt if config.parity.sum_over_group else 1
+        scale = experience.scale(rows, summed=group)
+        tokens = self._trained(experience.tokens)
+        parts = [
+            self._accumulate(tokens.rows(part), experience.batch(part, scale, coefficients))
+            for part in rows.split(config.micro_batch)
+        ]
+        metrics = parts[0].metrics
+        for part in parts[1:]:
+            metrics = metrics.merged(part.metrics)
+        # Without a single score only old momentum would move the weights.
+        grad_norm = self._step_optimizer(step) if scale.num_tokens else 0.0
+        return _Update(rows, torch.cat([part.logprobs for part in parts]), metrics, grad_norm)
+
+    def _accumulate(self, tokens: TokensToScore, batch: LossBatch) -> LearnedBatch:
+        """Forward and backward of a micro-batch; its gradient adds to that of the step."""
+        done = backward(
+            head_inputs(self._policy, tokens),
+            self._policy.head_weight,
+            self._optimizer.main_grad(self._head_name),
+            batch,
+            self._config.objective,
+            reversed_clip=self._config.parity.reversed_clip,
         )
-        loss = policy_loss(logprobs, scores.entropies.view(shape), batch, config.objective)
-        loss.loss.backward()
         self._optimizer.accumulate()
-        return _MicroBatch(logprobs.detach(), loss.metrics)
+        return done
 
     def _step_optimizer(self, step: int) -> float:
         grad_norm = float(self._optimizer.step(self._learning_rate(step)))
@@ -147,24 +203,47 @@ class Learner:
         self._num_optimizer_steps += 1
         return grad_norm
 
+    def _trained(self, tokens: TokensToScore) -> TokensToScore:
+        """What the policy scores, in each pass."""
+        share = self._config.parity.label_dropout
+        return with_null_labels(tokens, self._policy, share, self._dropout) if share else tokens
+
     def _learning_rate(self, step: int) -> float:
         config = self._config.optimizer.learning_rate
         return learning_rate(step, config, num_steps=self._config.num_steps)
 
-    @property
-    def _entropy_name(self) -> str:
-        # entropy/policy is at temperature 1 by definition; a tempered one goes by another name.
-        return "entropy/policy" if self._config.rollout.temperature == 1 else "entropy/tempered"
+    def _measured(self, updates: list[_Update], experience: Experience) -> dict[str, float]:
+        """Metrics of one pass over the images."""
+        merged = updates[0].metrics
+        for update in updates[1:]:
+            merged = merged.merged(update.metrics)
+        is_policy = experience.tokens.params == _CONDITIONAL
+        named = merged.named(entropy_name="entropy/policy" if is_policy else "entropy/scored")
+        named["loss"] /= len(updates)
+        if self._config.objective.policy == "guided" and self._config.updates_per_step == 1:
+            # The ratio to its own pass would be 1; that to the draw says whether they agree.
+            named["ratio_max_abs_dev"] = _draw_ratio(experience.rollout, updates[0])
+        grad_norm = sum(update.grad_norm for update in updates) / len(updates)
+        return {**named, "grad_norm": grad_norm}
 
-    def _micro_batches(self) -> Iterator[Tensor]:
-        rows = torch.arange(self._config.images_per_step, device=self._policy.head_weight.device)
-        yield from rows.split(self._config.micro_batch)
+    def _policy_entropy(self, tokens: TokensToScore) -> dict[str, float]:
+        """entropy/policy over the first micro-batch, where the loss measures another entropy."""
+        if tokens.params == _CONDITIONAL:
+            return {}
+        count = self._config.micro_batch
+        first = tokens.rows(torch.arange(len(tokens.token_ids))[:count].to(tokens.token_ids.device))
+        conditional = first._replace(params=_CONDITIONAL, support=None)
+        entropies = scored(self._policy, conditional, count).entropies
+        return {"entropy/policy": entropies.mean().item()}
+
+    def _minibatches(self, num_images: int) -> tuple[Tensor, ...]:
+        rows = torch.arange(num_images, device=self._policy.head_weight.device)
+        return rows.split(num_images // self._config.minibatches)
 
 
-def _draw_mismatch(rollout: Rollout, parts: list[_MicroBatch]) -> dict[str, float]:
+def _draw_mismatch(rollout: Rollout, update: _Update) -> dict[str, float]:
     """How far the log-probs that were trained on lie from those of the draw."""
-    trained = torch.cat([part.logprobs for part in parts])
-    difference = (trained - rollout.logprobs).abs()
+    difference = (update.logprobs - rollout.logprobs[update.rows]).abs()
     mean, largest = torch.stack([difference.mean(), difference.max()]).tolist()
     return {
         "sampling/sampling_logp_difference/mean": mean,
@@ -172,22 +251,13 @@ def _draw_mismatch(rollout: Rollout, parts: list[_MicroBatch]) -> dict[str, floa
     }
 
 
-def _scored_tokens(
-    policy: LlamaGen, rollout: Rollout, rows: Tensor, temperature: float
-) -> TokenLogprobs:
-    """[m * T] log-probs and entropies of some images under the conditional model.
-
-    At the draw's temperature and over the whole codebook, without guidance.
-    """
-    token_ids = rollout.token_ids[rows]
-    hidden = policy.hidden(select(rollout.conditions, rows), token_ids).flatten(0, 1)
-    return token_logprobs(hidden, policy.head_weight, token_ids.flatten(), temperature)
+def _draw_ratio(rollout: Rollout, update: _Update) -> float:
+    """Largest abs(ratio - 1) of the policy that trains to the one that drew."""
+    return (update.logprobs - rollout.logprobs[update.rows]).expm1().abs().max().item()
 
 
-def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if values is None else values[rows]
-
-
-def _frozen_copy(policy: LlamaGen) -> LlamaGen:
-    """The policy as it is now, apart from it: a child module would be trained and saved too."""
-    return copy.deepcopy(policy).requires_grad_(False)
+def _per_image(value: float | Tensor | None, experience: Experience) -> Tensor | None:
+    if value is None:
+        return None
+    like = experience.advantages
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device).expand(len(experience))

@@ -34,7 +34,7 @@ class ObjectiveConfig:
 
     clip_components: bool = False
     """Clip the surrogate of each component of the reward by its own advantage, as LOO-FID does,
-    instead of that of their sum; needs advantage.aggregation normalize_then_sum."""
+    instead of that of their sum; needs rewards that are normalised apart."""
 
     beta: float = 0.1
     """Weight of the KL to the reference model, at least 0. At 0 no reference is needed."""

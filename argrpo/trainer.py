@@ -6,8 +6,7 @@
 The optimizer writes the very weights that the engine reads, so nothing is copied between a step
 and the next draw.
 
-Source: Shao et al., arXiv:2402.03300 (GRPO); the recipe of AR-GRPO, arXiv:2508.06924: the log-probs
-of policy and reference are those of the conditional model, whatever guidance drew the tokens.
+Source: Shao et al., arXiv:2402.03300 (GRPO); the recipe of AR-GRPO, arXiv:2508.06924.
 """
 
 import hashlib
@@ -143,7 +142,9 @@ class Trainer:
         with self._clock.phase("rollout"):
             conditions = self._prompts.conditions(prompts, self.config.images_per_prompt)
             seed = draw_seed(self.config.seed, step)
-            return self.engine.draw(conditions, self.config.rollout, seed=seed)
+            params = self.config.rollout
+            support = params.is_filtered and self._learner.wants_support
+            return self.engine.draw(conditions, params, seed=seed, support=support)
 
     def _decode(self, rollout: Rollout) -> Tensor:
         with self._clock.phase("decode"):
@@ -166,10 +167,14 @@ class Trainer:
     def _leave_files(self, step: int) -> None:
         last = step == self.config.num_steps
         every = self.config.output.save_every
-        if self._is_shown(step):
-            self._show_samples(step)
-        if last or (every and step % every == 0):
-            save_policy(self.policy, self._folder.checkpoint(step))
+        is_saved = last or bool(every and step % every == 0)
+        if not (is_saved or self._is_shown(step)):
+            return
+        with self._learner.averaged():
+            if self._is_shown(step):
+                self._show_samples(step)
+            if is_saved:
+                save_policy(self.policy, self._folder.checkpoint(step))
 
     def _show_samples(self, step: int) -> None:
         """A grid of the same conditions and seeds every time."""
@@ -185,11 +190,12 @@ class Trainer:
 
     def _warn_of_mismatch(self) -> None:
         params = self.config.rollout
-        if params.is_guided or params.is_filtered:
+        is_mixed = params.is_guided or params.is_filtered
+        if is_mixed and self.config.objective.policy == "conditional":
             _LOG.warning(
                 "tokens are drawn with guidance %g, top_k %d, top_p %g but scored by the "
                 "conditional model alone, as the published recipe does; the gap is logged as "
-                "sampling/sampling_logp_difference",
+                "sampling/sampling_logp_difference, and objective.policy guided has none",
                 params.guidance_scale,
                 params.top_k,
                 params.top_p,

@@ -1,15 +1,19 @@
-"""Every setting says what it does: the docstring under a field is the help of its flag."""
+"""Every setting says what it does: the docstring under a field is the help of its flag; settings
+that contradict each other are refused."""
 
 import ast
 import dataclasses
 import inspect
 import textwrap
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from argrpo.config import TrainConfig
+from argrpo.config import PolicyConfig, RewardConfig, TokenizerConfig, TrainConfig
 from argrpo.demo import DemoConfig
+from argrpo.engine.sampling_params import SamplingParams
+from argrpo.learner_config import ParityConfig, ReferenceConfig
+from argrpo.objective_config import ObjectiveConfig
 from argrpo.sampling import SampleConfig
 
 
@@ -45,3 +49,64 @@ def test_every_setting_has_a_line_of_help(kind: type) -> None:
 def test_the_settings_of_a_run_reach_into_every_record() -> None:
     names = {record.__name__ for record in records_of(TrainConfig)}
     assert names > {"RewardConfig", "LearningRateConfig", "SamplingParams", "ObjectiveConfig"}
+
+
+def run(**settings: Any) -> TrainConfig:
+    rewards = [RewardConfig(name="clip")]
+    paths = {"policy": PolicyConfig(path="p"), "tokenizer": TokenizerConfig(path="t")}
+    return TrainConfig(**{"output_dir": "runs/x", "rewards": rewards, **paths, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"minibatches": 3}, "minibatches: expected a divisor of the 32 images of a step, got 3"),
+        ({"weight_ema": 1.0}, r"weight_ema: expected None or a number in \(0, 1\), got 1.0"),
+        (
+            {
+                "objective": ObjectiveConfig(importance_sampling_cap=2.0),
+                "rollout": SamplingParams(guidance_scale=2.0),
+            },
+            "objective.policy: expected guided, .* got conditional",
+        ),
+        (
+            {
+                "objective": ObjectiveConfig(old_logprobs="draw"),
+                "rollout": SamplingParams(top_k=100),
+            },
+            "objective.policy: expected guided, .* got conditional",
+        ),
+        (
+            {"objective": ObjectiveConfig(clip_components=True)},
+            "clip_components: expected rewards that are normalised apart, got .* sum_then",
+        ),
+        (
+            {
+                "objective": ObjectiveConfig(policy="guided"),
+                "parity": ParityConfig(label_dropout=0.1),
+            },
+            "parity.label_dropout: expected 0 with objective.policy guided, got 0.1",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_name(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(**settings)
+
+
+def test_draws_without_guidance_and_filters_are_what_the_conditional_policy_scores() -> None:
+    objective = ObjectiveConfig(importance_sampling_cap=2.0, old_logprobs="draw")
+    assert run(objective=objective, rollout=SamplingParams(temperature=0.9)).updates_per_step == 1
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_an_impossible_label_dropout_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"parity.label_dropout: expected a number in \[0, 1\)"):
+        ParityConfig(label_dropout=value)
+
+
+def test_a_reference_is_not_synchronised_backwards() -> None:
+    with pytest.raises(ValueError, match=r"reference.sync_every: expected at least 0, got -1"):
+        ReferenceConfig(sync_every=-1)

@@ -1,0 +1,43 @@
+"""Settings of the learner beside its objective and optimizer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The model that the KL is measured to: the policy as it was."""
+
+    sync_every: int = 0
+    """Steps after which the reference becomes the policy of that time; 0 keeps the first one."""
+
+    device: Literal["policy", "cpu"] = "policy"
+    """Where its weights are between the moments they are needed; cpu moves them for each step."""
+
+    def __post_init__(self) -> None:
+        if self.sync_every < 0:
+            raise ValueError(f"reference.sync_every: expected at least 0, got {self.sync_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityConfig:
+    """Quirks of released codes, to reproduce their numbers; each off by default."""
+
+    reversed_clip: bool = False
+    """Take the larger of the clipped and the unclipped surrogate, so that the clip does not bind
+    where it should (bugrabaran/ar-policy-tuning at fac5b31, grpo.py: min of negated terms)."""
+
+    sum_over_group: bool = False
+    """Sum the loss over the images of a prompt and average over prompts: images_per_prompt times
+    the mean (bugrabaran/ar-policy-tuning at fac5b31, grpo.py)."""
+
+    label_dropout: float = 0.0
+    """Chance in [0, 1) that a class is replaced by the null class when the policy scores an image,
+    drawn anew for each pass; 0.1 where a model was left in training mode
+    (bugrabaran/ar-policy-tuning at fac5b31, gpt.py: class_dropout_prob)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(
+                f"parity.label_dropout: expected a number in [0, 1), got {self.label_dropout}"
+            )

@@ -1,0 +1,46 @@
+"""The model that the KL is measured to: the policy as it was at the start, or some steps ago."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from argrpo.learner_config import ReferenceConfig
+from argrpo.models.llamagen import LlamaGen
+
+
+class Reference:
+    """A frozen copy of the policy."""
+
+    def __init__(self, policy: LlamaGen, config: ReferenceConfig) -> None:
+        """The policy as it is now, apart from it: a child module would be trained and saved too."""
+        self._config = config
+        self._device = policy.head_weight.device
+        self._model = copy.deepcopy(policy).requires_grad_(False)
+        # A pass without gradient keeps nothing that could be made again.
+        self._model.checkpoints_layers = False
+        if config.device == "cpu":
+            self._model.to("cpu")
+
+    @contextmanager
+    def on_device(self) -> Iterator[LlamaGen]:
+        """The model where the policy is; weights kept on the CPU are there for this long."""
+        parameters = list(self._model.parameters())
+        homes = [parameter.data for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.data = parameter.data.to(self._device)
+            yield self._model
+        finally:
+            for parameter, home in zip(parameters, homes, strict=True):
+                parameter.data = home
+
+    @torch.no_grad()
+    def after_step(self, num_steps: int, policy: LlamaGen) -> None:
+        """Become the policy if so many finished steps are a multiple of `sync_every`."""
+        every = self._config.sync_every
+        if every and num_steps % every == 0:
+            pairs = zip(self._model.parameters(), policy.parameters(), strict=True)
+            for mine, its in pairs:
+                mine.copy_(its)
