@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as VF
 
 from argrpo.digits.judges import load_judge
+from argrpo.model_paths import blamed_on
 
 FeatureKind = Literal["inception", "dinov2", "digits_judge"]
 
@@ -68,7 +69,8 @@ def load_extractor(
     if kind == "dinov2":
         return Dinov2Features(_load_dinov2(Path(path)), device=device, batch=batch)
     if kind == "digits_judge":
-        return JudgeFeatures(path, device=device)
+        with blamed_on("features_path"):
+            return JudgeFeatures(path, device=device)
     raise ValueError(f"features: expected one of {', '.join(get_args(FeatureKind))}, got {kind!r}")
 
 

@@ -60,7 +60,7 @@ class FrechetReference:
         """Raises ValueError if the moments hold no covariances between features."""
         if moments.cov is None:
             raise ValueError(
-                "reference: expected a full covariance, got the variance of each feature alone; "
+                "cov: expected a full covariance, got the variance of each feature alone; "
                 "make the file again with argrpo moments, or take form: diagonal"
             )
         values, vectors = torch.linalg.eigh(moments.cov)

@@ -119,7 +119,7 @@ class RawMoments:
             second = moments.std.square() + moments.mean.square()
         elif moments.cov is None:
             raise ValueError(
-                "initial: expected a full covariance, got the variance of each feature alone; "
+                "cov: expected a full covariance, got the variance of each feature alone; "
                 "make the file again with argrpo moments, or take form: diagonal"
             )
         else:

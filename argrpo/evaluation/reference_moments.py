@@ -3,6 +3,7 @@
 Images of a folder go through the same network and preprocessing as generated ones.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from argrpo.digits.dataset import load_split
 from argrpo.evaluation.features import FeatureExtractor, FeatureKind
 from argrpo.evaluation.moment_files import load_moments
 from argrpo.evaluation.moments import Moments, MomentSums
+
+_LOG = logging.getLogger(__name__)
 
 _DATASET = "dataset:"
 _DIGITS = "digits/"
@@ -100,7 +103,11 @@ def check_moments(moments: Moments, extractor: FeatureExtractor, source: str) ->
             f"expected moments of {extractor.dim} features as {extractor.name} makes them, got "
             f"{moments.dim} in {source}; {remedy}"
         )
-    if moments.features not in (None, extractor.name):
+    if moments.features is None:
+        _LOG.warning(
+            "%s does not say what made its features; taken as those of %s", source, extractor.name
+        )
+    elif moments.features != extractor.name:
         raise ValueError(
             f"expected moments of features by {extractor.name}, got those of {moments.features} "
             f"in {source}; {remedy}"

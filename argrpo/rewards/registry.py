@@ -11,17 +11,20 @@ from torch import Tensor
 from argrpo.config import RewardConfig
 from argrpo.data import Prompt
 from argrpo.model_paths import resolve_path
-from argrpo.rewards.protocols import Reward
+from argrpo.rewards.protocols import DistributionReward, Reward
 
 REWARDS = {
     "digits_judge": "argrpo.digits.judges:DigitJudgeReward",
     "clip": "argrpo.rewards.clip:ClipReward",
     "hpsv2": "argrpo.rewards.clip:Hpsv2Reward",
+    "loo_fid": "argrpo.rewards.loo_fid:LooFidReward",
 }
 
 
-def make_reward(config: RewardConfig, device: torch.device, cache_dir: str | None) -> Reward:
-    """The judge that a config names.
+def make_reward(
+    config: RewardConfig, device: torch.device, cache_dir: str | None
+) -> Reward | DistributionReward:
+    """The judge that a config names, of one of the two kinds of rewards/protocols.py.
 
     A name of `REWARDS`, or module:class, is built with the options (and the device, if it takes
     one). module:function is the judge itself, a function of (images, prompts), without options.
@@ -43,7 +46,8 @@ def make_reward(config: RewardConfig, device: torch.device, cache_dir: str | Non
     if "device" in taken:
         options.setdefault("device", device)
     _check_options(config.name, options, taken)
-    return named(**options)
+    judge: Reward | DistributionReward = named(**options)
+    return judge
 
 
 class _FunctionReward:

@@ -8,8 +8,10 @@ from torch import Tensor
 from argrpo.advantages import Advantages, combine_rewards, group_advantages, normalise_then_sum
 from argrpo.config import AdvantageConfig, RewardConfig, TrainConfig
 from argrpo.data import Prompt
-from argrpo.rewards.protocols import Reward
+from argrpo.rewards.protocols import DistributionReward, Measuring, Restorable, Reward
 from argrpo.rewards.registry import make_reward
+
+Judge = Reward | DistributionReward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,15 +23,19 @@ class Scores:
     names: list[str]
     monitor_names: list[str]
     weights: Tensor  # [R] fp32
+    is_distribution: Tensor  # [R] bool: scored as part of all images, not one by one
+    measured: dict[str, float]  # what distribution rewards say beside their scores, by log name
     config: AdvantageConfig
 
     def advantages(self, group_size: int) -> Advantages:
         """Each image against the others of its prompt."""
-        if self.config.aggregation == "normalize_then_sum":
-            grouped = self.values.view(-1, group_size, len(self.names))
-            return normalise_then_sum(grouped, self.weights, scale=self.config.scale)
-        rewards = combine_rewards(self.values, self.weights, missing=self.config.missing)
-        return group_advantages(rewards.view(-1, group_size), scale=self.config.scale)
+        if self.config.aggregation == "sum_then_normalize":
+            rewards = combine_rewards(self.values, self.weights, missing=self.config.missing)
+            return group_advantages(rewards.view(-1, group_size), scale=self.config.scale)
+        apart = self.config.aggregation == "normalize_then_sum"
+        values, weights = (self.values, self.weights) if apart else self._by_kind()
+        grouped = values.view(-1, group_size, len(weights))
+        return normalise_then_sum(grouped, weights, scale=self.config.scale)
 
     def metrics(self) -> dict[str, float]:
         """Mean and spread of each judge and of the weighted sum, over the images it scored."""
@@ -43,7 +49,18 @@ class Scores:
                 scored = column[column.isfinite()]
                 metrics[f"{prefix}/{name}/mean"] = scored.mean().item()
                 metrics[f"{prefix}/{name}/std"] = scored.std().item() if len(scored) > 1 else 0.0
-        return metrics
+        return {**metrics, **self.measured}
+
+    def _by_kind(self) -> tuple[Tensor, Tensor]:
+        """Columns that are normalised apart, and their weights: the weighted sum of all judges of
+        single images is one, each distribution reward another."""
+        apart = self.is_distribution
+        together = ~apart & (self.weights != 0)
+        values, weights = self.values[:, apart], self.weights[apart]
+        if not together.any():
+            return values, weights
+        first = combine_rewards(self.values[:, together], self.weights[together])
+        return torch.cat([first[:, None], values], 1), torch.cat([weights.new_ones(1), weights])
 
 
 class Judges:
@@ -68,24 +85,65 @@ class Judges:
             ValueError: a judge returned another shape than [N].
         """
         monitors = self._monitors if with_monitors else []
+        are_distribution = [isinstance(judge, DistributionReward) for judge in self._rewards]
         return Scores(
             values=_scored(self._rewards, images, prompts),
             monitored=_scored(monitors, images, prompts),
             names=[judge.name for judge in self._rewards],
             monitor_names=[judge.name for judge in monitors],
             weights=self._weights,
+            is_distribution=torch.tensor(are_distribution),
+            measured={
+                **_measured("rewards", self._rewards),
+                **_measured("monitors", monitors),
+            },
             config=self._config.advantage,
         )
 
-    def _make(self, judge: RewardConfig, device: torch.device) -> Reward:
+    def update(self) -> None:
+        """Move the state of distribution rewards, once a step, after its images were learned."""
+        for judge in self._distribution_rewards():
+            judge.update()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of all distribution rewards, as NAME/KEY."""
+        return {
+            f"{judge.name}/{key}": value
+            for judge in self._distribution_rewards()
+            for key, value in judge.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: a judge has no state there, or cannot take one.
+        """
+        for judge in self._distribution_rewards():
+            prefix = f"{judge.name}/"
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if not own:
+                raise ValueError(f"rewards.{judge.name}: expected its state, got none")
+            if not isinstance(judge, Restorable):
+                raise ValueError(
+                    f"rewards.{judge.name}: expected a method load_state_dict, got none"
+                )
+            judge.load_state_dict(own)
+
+    def _distribution_rewards(self) -> list[DistributionReward]:
+        judges = [*self._rewards, *self._monitors]
+        return [judge for judge in judges if isinstance(judge, DistributionReward)]
+
+    def _make(self, judge: RewardConfig, device: torch.device) -> Judge:
         return make_reward(judge, device, self._config.cache_dir)
 
 
 @torch.no_grad()
-def _scored(judges: list[Reward], images: Tensor, prompts: list[Prompt]) -> Tensor:
+def _scored(judges: list[Judge], images: Tensor, prompts: list[Prompt]) -> Tensor:
     columns = []
     for judge in judges:
-        scores = judge(images, prompts)
+        score = judge.score if isinstance(judge, DistributionReward) else judge
+        scores = score(images, prompts)
         if scores.shape != (len(prompts),):
             raise ValueError(
                 f"rewards.{judge.name}: expected scores of shape [{len(prompts)}], "
@@ -93,3 +151,12 @@ def _scored(judges: list[Reward], images: Tensor, prompts: list[Prompt]) -> Tens
             )
         columns.append(scores.float().cpu())
     return torch.stack(columns, dim=1) if columns else torch.empty(len(prompts), 0)
+
+
+def _measured(prefix: str, judges: list[Judge]) -> dict[str, float]:
+    return {
+        f"{prefix}/{judge.name}/{key}": value
+        for judge in judges
+        if isinstance(judge, DistributionReward) and isinstance(judge, Measuring)
+        for key, value in judge.metrics().items()
+    }

@@ -181,7 +181,7 @@ def test_moving_moments_need_two_images() -> None:
 
 def test_a_reference_without_covariances_is_refused() -> None:
     zeros = torch.zeros(3, dtype=torch.float64)
-    with pytest.raises(ValueError, match="reference: expected a full covariance"):
+    with pytest.raises(ValueError, match="cov: expected a full covariance"):
         FrechetReference.of(Moments(zeros, zeros, None))
 
 

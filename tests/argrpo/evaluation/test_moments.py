@@ -72,5 +72,5 @@ def test_a_state_begun_from_moments_has_their_mean_and_spread() -> None:
 
 def test_a_full_state_needs_covariances() -> None:
     zeros = torch.zeros(3, dtype=torch.float64)
-    with pytest.raises(ValueError, match="initial: expected a full covariance"):
+    with pytest.raises(ValueError, match="cov: expected a full covariance"):
         RawMoments.of(Moments(zeros, zeros, None), full=True)
