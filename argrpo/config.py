@@ -294,6 +294,11 @@ class TrainConfig:
                 "objective.clip_components: expected rewards that are normalised apart, got "
                 f"advantage.aggregation {self.advantage.aggregation}"
             )
+        if self.parity.bf16_masters and self.policy.dtype != "bfloat16":
+            raise ValueError(
+                "parity.bf16_masters: expected policy.dtype bfloat16 with it, got "
+                f"{self.policy.dtype}"
+            )
         if self.parity.label_dropout and is_guided:
             raise ValueError(
                 "parity.label_dropout: expected 0 with objective.policy guided, got "

@@ -69,6 +69,7 @@ class Learner:
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
             max_grad_norm=config.optimizer.max_grad_norm,
+            fp32_masters=not config.parity.bf16_masters,
         )
         self._head_name = next(
             name for name, weight in policy.named_parameters() if weight is policy.head_weight

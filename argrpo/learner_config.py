@@ -31,6 +31,11 @@ class ParityConfig:
     """Sum the loss over the images of a prompt and average over prompts: images_per_prompt times
     the mean (bugrabaran/ar-policy-tuning at fac5b31, grpo.py)."""
 
+    bf16_masters: bool = False
+    """Update bf16 weights themselves, with bf16 gradients and moments, which loses updates below
+    half a unit in their last place (bugrabaran/ar-policy-tuning at fac5b31; Kwai-Klear/AR-GRPO at
+    65947ad, force_model_bf16). Needs policy.dtype bfloat16."""
+
     label_dropout: float = 0.0
     """Chance in [0, 1) that a class is replaced by the null class when the policy scores an image,
     drawn anew for each pass; 0.1 where a model was left in training mode

@@ -41,6 +41,7 @@ class MasterAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = 1.0,
+        fp32_masters: bool = True,
     ) -> None:
         """Masters start as the weights are now.
 
@@ -49,6 +50,8 @@ class MasterAdamW:
             betas, eps, weight_decay: AdamW's; the decay is decoupled and applies to all weights.
             max_grad_norm: longer gradients, all weights taken as one vector, are scaled down to
                 it; None never does.
+            fp32_masters: False updates bf16 weights themselves, with bf16 gradients and moments,
+                and so loses small updates as released codes do; for comparisons only.
 
         Raises:
             ValueError: nothing to train, a weight is neither bf16 nor fp32, or a number is out of
@@ -58,7 +61,9 @@ class MasterAdamW:
             raise ValueError(f"max_grad_norm: expected None or above 0, got {max_grad_norm}")
         self._max_grad_norm = max_grad_norm
         self._working = {name: p for name, p in named_parameters if p.requires_grad}
-        self._masters = {name: _master(name, p) for name, p in self._working.items()}
+        self._masters = {name: _master(name, p, fp32_masters) for name, p in self._working.items()}
+        # What was added in fp32 to the gradient of a weight that has no fp32 master.
+        self._unrounded: dict[str, Tensor] = {}
         if not self._masters:
             raise ValueError("named_parameters: expected at least one that requires a gradient")
         # One launch for all weights on a GPU; on a CPU 2.5 times as fast as the plain loop.
@@ -73,6 +78,11 @@ class MasterAdamW:
         Call it after the backward pass of each micro-batch. fp32 weights need nothing: autograd
         sums into their main gradients itself.
         """
+        for name, added in self._unrounded.items():
+            parameter = self._working[name]
+            rounded = added.to(parameter.dtype)
+            parameter.grad = rounded if parameter.grad is None else parameter.grad.add_(rounded)
+        self._unrounded.clear()
         for name, parameter in self._working.items():
             master = self._masters[name]
             if master is parameter or parameter.grad is None:
@@ -87,9 +97,12 @@ class MasterAdamW:
         """The fp32 main gradient of a weight, for a kernel or a reduction that adds to it in place.
 
         Made of zeros if nothing has reached the weight yet, which then counts as reached. Ask again
-        after each step, which frees it.
+        after each step, which frees it; without fp32 masters after each `accumulate`, which rounds.
         """
         master = self._masters[name]
+        if master.dtype != torch.float32:
+            zeros = torch.zeros_like(master, dtype=torch.float32)
+            return self._unrounded.setdefault(name, zeros)
         if master.grad is None:
             master.grad = torch.zeros_like(master)
         return master.grad
@@ -203,14 +216,16 @@ class MasterAdamW:
                 f"{len(wrong)} names differ and this one is {kind}"
             )
         for key, shape in wanted.items():
-            if tuple(state[key].shape) != shape or state[key].dtype != torch.float32:
+            kind, _, name = key.partition(".")
+            dtype = self._masters[name].dtype if kind in _MOMENTS else torch.float32
+            if tuple(state[key].shape) != shape or state[key].dtype != dtype:
                 raise ValueError(
-                    f"{key}: expected float32 {list(shape)}, "
+                    f"{key}: expected {str(dtype).removeprefix('torch.')} {list(shape)}, "
                     f"got {state[key].dtype} {list(state[key].shape)}"
                 )
 
 
-def _master(name: str, parameter: nn.Parameter) -> Tensor:
+def _master(name: str, parameter: nn.Parameter, in_fp32: bool) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
     if parameter.dtype != torch.bfloat16:
@@ -218,4 +233,4 @@ def _master(name: str, parameter: nn.Parameter) -> Tensor:
             f"{name}: expected bfloat16 or float32, got {parameter.dtype}; float16 would need its "
             "loss scaled"
         )
-    return parameter.detach().float()
+    return parameter.detach().float() if in_fp32 else parameter

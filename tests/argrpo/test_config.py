@@ -87,6 +87,10 @@ def run(**settings: Any) -> TrainConfig:
             },
             "parity.label_dropout: expected 0 with objective.policy guided, got 0.1",
         ),
+        (
+            {"parity": ParityConfig(bf16_masters=True)},
+            "parity.bf16_masters: expected policy.dtype bfloat16 with it, got float32",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_by_name(

@@ -297,3 +297,36 @@ def test_wrong_use_is_refused_by_name() -> None:
     for lr in (-1e-5, float("nan")):
         with pytest.raises(ValueError, match=rf"lr: expected .*, got {lr}"):
             optimizer.step(lr)
+
+
+def test_without_fp32_masters_the_steps_are_those_of_plain_bf16_adamw_bitwise() -> None:
+    working, plain = weights(torch.bfloat16), weights(torch.bfloat16)
+    optimizer = MasterAdamW(working.items(), fp32_masters=False, max_grad_norm=None)
+    adamw = torch.optim.AdamW(plain.values(), weight_decay=0.0, fused=True, lr=LR)
+    for grads in gradients(5):
+        take_step(working, optimizer, grads)
+        backward(plain, grads)
+        adamw.step()
+        adamw.zero_grad()
+    for name, parameter in plain.items():
+        assert torch.equal(working[name], parameter), name
+    state = optimizer.state_dict()
+    assert not [name for name in state if name.startswith("master.")]
+    assert state["exp_avg.head"].dtype == torch.bfloat16
+    resumed = MasterAdamW(working.items(), fp32_masters=False)
+    resumed.load_state_dict({name: value.clone() for name, value in state.items()})
+    assert torch.equal(resumed.state_dict()["exp_avg_sq.norm"], state["exp_avg_sq.norm"])
+    with pytest.raises(ValueError, match=r"exp_avg.*: expected float32|master.*is missing"):
+        MasterAdamW(working.items()).load_state_dict(state)
+
+
+def test_without_fp32_masters_what_a_kernel_adds_is_rounded_once_a_micro_batch() -> None:
+    working = weights(torch.bfloat16)
+    optimizer = MasterAdamW(working.items(), fp32_masters=False)
+    for _ in range(2):
+        optimizer.main_grad("head").add_(1 / 3)
+        assert optimizer.main_grad("head").dtype == torch.float32
+        optimizer.accumulate()
+    third = torch.tensor(1 / 3).bfloat16()
+    assert working["head"].grad is not None
+    assert torch.equal(working["head"].grad, (third + third).expand_as(working["head"]))

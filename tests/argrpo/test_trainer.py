@@ -196,6 +196,26 @@ def test_unguided_draws_are_scored_as_they_were_drawn(models: Path, tmp_path: Pa
     assert recorder.rows[1]["kl"] > 0
 
 
+def test_the_guided_policy_trains_on_exactly_what_drew(models: Path, tmp_path: Path) -> None:
+    rollout = SamplingParams(guidance_scale=2.0, temperature=0.9, top_k=20, top_p=0.9)
+    objective = ObjectiveConfig(policy="guided", beta=0.1)
+    config = replace(_config(models), rollout=rollout, objective=objective, num_steps=3)
+    _, recorder = _run(config, tmp_path / "run")
+    for row in recorder.rows:
+        assert 0 < row["ratio_max_abs_dev"] <= 1e-3  # fp32 rounding of one path against the other
+        assert row["entropy/scored"] == pytest.approx(row["entropy/draw"], rel=1e-4)
+        assert row["entropy/policy"] > row["entropy/scored"]
+    assert recorder.rows[-1]["kl"] > 0
+
+
+def test_a_run_shows_and_saves_the_average_of_its_weights(models: Path, tmp_path: Path) -> None:
+    trainer, _ = _run(replace(_config(models), weight_ema=0.9), tmp_path / "run")
+    saved = load_policy(tmp_path / "run" / "checkpoints" / "step_000002").head_weight
+    base = load_policy(models / "policy").head_weight
+    moved = (trainer.policy.head_weight - base).norm()
+    assert 0 < (saved - base).norm() < 0.3 * moved
+
+
 def test_inner_epochs_take_a_step_each(models: Path, tmp_path: Path) -> None:
     config = replace(_config(models), inner_epochs=2, num_steps=1)
     _, recorder = _run(config, tmp_path / "run")
