@@ -145,10 +145,13 @@ def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
         for call in calls[:2]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own stream behind
     return graph
 
 

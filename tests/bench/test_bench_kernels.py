@@ -1,0 +1,327 @@
+"""bench/bench_kernels.py: what it measures, whom it refuses, what its rows say."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+MODULES = (
+    "bench_kernels", "cases_attention", "cases_gradients", "cases_layers", "cases_logprobs",
+    "cases_sampling", "head_inputs", "kernel_cases", "kernel_peers", "kernel_runs", "timing",
+    "turns",
+)  # fmt: skip
+VOCAB = 96
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Scripts:
+    bench: ModuleType
+    cases: ModuleType
+    runs: ModuleType
+    timing: ModuleType
+    sampling: ModuleType
+    attention: ModuleType
+
+    def place(self) -> Any:
+        return self.cases.Place.on(CPU, torch.float32)
+
+    def method(self, seconds: Iterator[float] | None = None, **changed: Any) -> Any:
+        ceilings = self.timing.Ceilings(bytes_per_second=1e9, flops_per_second=1e9)
+        clock = FakeClock(seconds) if seconds else self.timing.WallClock()
+        method = self.runs.Method(CPU, clock, ceilings, samples=2, caches=("hot",))
+        return replace(method, **changed)
+
+
+class FakeClock:
+    """Runs the work and says that it took what the list says."""
+
+    def __init__(self, seconds: Iterator[float]) -> None:
+        self._seconds = seconds
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        work()
+        return next(self._seconds)
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripts]:
+    """The script and the files beside it, with a small policy and codebook."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    found = {name: importlib.import_module(name) for name in MODULES}
+    for name in ("kernel_cases", "cases_sampling", "head_inputs"):
+        monkeypatch.setattr(found[name], "VOCAB_SIZE", VOCAB)
+    settings = {"none": (0, 1.0), "k and p": (20, 0.95), "k": (20, 1.0), "p": (0, 0.95)}
+    monkeypatch.setattr(found["cases_sampling"], "SETTINGS", settings)
+    sizes = found["kernel_cases"].Sizes(32, 2, 48)
+    monkeypatch.setitem(found["kernel_cases"].MODELS, "tiny", sizes)
+    yield Scripts(
+        *(found[name] for name in ("bench_kernels", "kernel_cases", "kernel_runs", "timing")),
+        *(found[name] for name in ("cases_sampling", "cases_attention")),
+    )
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def cases_of(scripts: Scripts, op: str) -> list[Any]:
+    grid = scripts.cases.Grid(("tiny",), (3,), (2,), (70,), (2048,))
+    return [case for case in scripts.bench.cases_of(scripts.place(), grid) if case.op == op]
+
+
+def doubling_case(scripts: Scripts, **ways: Callable[[Tensor], tuple[Tensor, ...]]) -> Any:
+    """An op that doubles [64] values; `ours` is right unless given, peers are as given."""
+    record = scripts.sampling.NamedTuple("Record", [("values", Tensor)])
+    right = ways.pop("ours", lambda x: (2 * x,))
+    cases = scripts.cases
+    contenders = [
+        cases.Contender(
+            name,
+            cases.bound(lambda record, way=way: way(record.values)),
+            cases.numeric_error,
+            allowed=1.0 if name == cases.OURS else cases.PEER_ROOM,
+        )
+        for name, way in {cases.OURS: right, **ways}.items()
+    ]
+    return cases.Case(
+        "double",
+        {"rows": 64},
+        scripts.timing.Work(512, 64),
+        lambda: record(torch.randn(64)),
+        cases.expect_from(lambda record: (2 * record.values,)),
+        contenders,
+    )
+
+
+def command(output: Path, *more: str) -> list[str]:
+    return ["--device", "cpu", "--threads", "1", "--cache", "hot", "--samples", "1",
+            "--only", "rmsnorm", "--output", str(output), *more]  # fmt: skip
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def ops() -> list[str]:
+    names = (ROOT / "bench" / "bench_kernels.py").read_text().partition("OPS = (")[2]
+    return [word.strip('" ,\n') for word in names.partition(")")[0].split(",") if word.strip()]
+
+
+@pytest.mark.parametrize("op", ops())
+def test_every_op_has_cases_in_which_ours_and_all_of_torch_are_right(
+    scripts: Scripts, op: str
+) -> None:
+    lines: list[str] = []
+    found = cases_of(scripts, op)
+    assert found
+    for case in found:
+        entrants = scripts.runs.checked(case, case.make(), scripts.method(say=lines.append))
+        names = [entrant.contender.name for entrant in entrants]
+        assert names[0] == scripts.cases.OURS
+        ours_and_torch = [
+            contender.name
+            for contender in case.contenders
+            if contender.name.startswith(("argrpo", "floor", "torch", "sdpa flash"))
+        ]
+        assert set(ours_and_torch) <= set(names)
+        assert entrants[0].error <= 1
+    missing = {line.partition(":")[0] for line in lines}
+    assert missing <= {
+        f"without {name}"
+        for name in ("liger-kernel", "cut-cross-entropy", "flash-attn", "xformers", "flashinfer",
+                     "cudnn_attention", "efficient_attention")
+    }  # fmt: skip
+
+
+def test_a_wrong_result_of_ours_is_not_timed(scripts: Scripts) -> None:
+    case = doubling_case(scripts, ours=lambda x: (2.001 * x,))
+    with pytest.raises(scripts.runs.WrongResultError, match="argrpo: expected an error of at most"):
+        scripts.runs.measure_case(case, scripts.method(iter(())))
+
+
+def test_peers_that_are_missing_wrong_or_broken_are_lines_and_the_rest_is_timed(
+    scripts: Scripts,
+) -> None:
+    def missing(_x: Tensor) -> tuple[Tensor, ...]:
+        raise scripts.cases.PeerMissingError("fast-double: not installed")
+
+    def broken(_x: Tensor) -> tuple[Tensor, ...]:
+        raise TypeError("double() takes 2 arguments")
+
+    case = doubling_case(
+        scripts, torch=lambda x: (x + x,), gone=missing, bad=broken, off=lambda x: (2.1 * x,)
+    )
+    lines: list[str] = []
+    say = scripts.runs.said_once(lines.append)
+    method = scripts.method(say=say)
+    for _ in range(2):
+        rows = scripts.runs.measure_case(case, method)
+        assert [row["contender"] for row in rows] == ["argrpo", "torch"]
+    assert lines[0] == "without fast-double: not installed"
+    assert lines[1] == "without bad: TypeError: double() takes 2 arguments"
+    assert lines[2].startswith("without off: WrongResultError: off: expected an error of at most 8")
+    assert len(lines) == 3
+
+
+def test_our_own_error_is_not_hidden(scripts: Scripts) -> None:
+    def broken(_x: Tensor) -> tuple[Tensor, ...]:
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        scripts.runs.measure_case(doubling_case(scripts, ours=broken), scripts.method())
+
+
+def test_rows_compare_a_call_with_ours_the_floor_and_the_limit(scripts: Scripts) -> None:
+    case = doubling_case(scripts, floor=lambda x: (x + x,))
+    # One call takes 2.5 ms, so a hot pass is 2 of them; then turns: ours, floor, 2 warm, 2 timed.
+    seconds = iter([2.5e-3, 9.0, 9.0, 9.0, 9.0, 4e-6, 2e-6, 4e-6, 2e-6])
+    ours, floor = scripts.runs.measure_case(case, scripts.method(seconds))
+    assert (ours["p50_us"], floor["p50_us"]) == (2.0, 1.0)
+    assert (ours["over_ours"], ours["over_floor"]) == (1.0, 2.0)
+    assert (floor["over_ours"], floor["over_floor"]) == (0.5, 1.0)
+    # 512 bytes at 1e9 a second take 0.512 us.
+    assert ours["limit_us"] == 0.512
+    assert ours["percent_of_limit"] == 25.6
+    assert (ours["cache"], ours["rows"], ours["graph"]) == ("hot", 64, False)
+    assert next(seconds, None) is None
+
+
+def test_inputs_that_never_leave_the_cache_are_not_called_cold(scripts: Scripts) -> None:
+    case = doubling_case(scripts)
+    assert scripts.runs.input_sets(case, case.make(), "cold", scripts.method()) == ([], 0)
+    large = replace(case, work=scripts.timing.Work(32 << 20, 0))
+    sets, repeats = scripts.runs.input_sets(large, case.make(), "cold", scripts.method())
+    assert (len(sets), repeats) == (5, 1)  # 128 MiB and one more, for a cache of 64
+    assert len({id(one) for one in sets}) == 5
+
+
+def test_an_error_is_measured_by_that_of_plain_pytorch(scripts: Scripts) -> None:
+    wide = torch.ones(4, dtype=torch.float64)
+    expected = scripts.cases.Expected((wide, wide), (wide.float() * (1 + 1e-3), wide.float()))
+    twice = (wide.float() * (1 + 2e-3), None)
+    assert scripts.cases.numeric_error(twice, expected) == pytest.approx(1, rel=0.01)
+    assert scripts.cases.numeric_error((wide.float() * torch.nan,), expected) == float("inf")
+    # Where plain PyTorch is exact, 1e-5 is the unit.
+    assert scripts.cases.numeric_error((None, wide * (1 + 2e-5)), expected) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("filters", ["none", "k and p"])
+def test_a_draw_is_right_when_its_tokens_and_scores_are(scripts: Scripts, filters: str) -> None:
+    case = next(
+        case for case in cases_of(scripts, "sample_logits") if case.facts["filters"] == filters
+    )
+    inputs = case.make()
+    right = case.expect(inputs)
+    token_ids, logprobs, entropies = case.contenders[0].bind(inputs)()
+    same, fair = scripts.sampling.same_draw, scripts.sampling.fair_draw
+    assert same((token_ids, logprobs, entropies), right) == 0
+    # One row in 50 may move; all three of three are wrong here.
+    assert fair((token_ids, logprobs + 0.1, entropies), right) == 3
+    assert fair((token_ids, logprobs, entropies + 0.1), right) == 3
+    other = (token_ids + 1) % VOCAB
+    assert same((other, None, None), right) == 3
+    if filters != "none":
+        least = inputs.logits.argmin(dim=1)
+        assert fair((least, None, None), right) == 3
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (20, 0.7)])
+def test_eager_peers_filter_as_we_do(scripts: Scripts, top_k: int, top_p: float) -> None:
+    logits = torch.randn(50, VOCAB) * 2
+    logits[:, 7] = logits[:, 3]  # a tie
+    kept = scripts.sampling.filtered_logits(logits, top_k, top_p) > -torch.inf
+    ours = scripts.sampling.filter_mask(logits, top_k, top_p)
+    # A running fp32 sum may put the edge of the top-p set one token further: 1 row of 50.
+    assert (kept != ours).sum() <= 1
+
+
+def test_the_least_work_is_that_of_the_docstrings(scripts: Scripts) -> None:
+    place = scripts.cases.Place.on(CPU, torch.bfloat16)
+    grid = scripts.cases.Grid(("XL",), (64,), (128,), (128,), (16384,))
+    work = {case.name: case.work for case in scripts.bench.cases_of(place, grid)}
+    attention = work["paged_decode_attention, model XL, images 128, sequences 256, keys 128"]
+    assert attention.num_bytes == pytest.approx(170e6, rel=0.01)
+    layer = work["rmsnorm_residual, model XL, rows 16384, width 1280, pass forward and backward"]
+    assert layer.num_bytes == pytest.approx(2 * 168e6, rel=0.01)
+    head = work["token_logprobs, model XL, tokens 16384, pass forward"]
+    assert head.flops == 2 * 16384 * 1280 * VOCAB
+
+
+def test_rows_are_appended_and_a_second_run_leaves_them_out(
+    scripts: Scripts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "results" / "kernels.jsonl"
+    ceilings = scripts.timing.Ceilings(1e9, 1e9)
+    monkeypatch.setattr(scripts.bench, "ceilings_of", lambda device, dtype: ceilings)
+    arguments = command(output, "--models", "tiny", "--images", "2", "--tokens", "256")
+    scripts.bench.main(arguments)
+    rows = rows_in(output)
+    assert [row["contender"] for row in rows] == ["argrpo", "torch eager", "torch library"] * 2
+    for field in ("bench", "op", "case", "dtype", "work", "p20_us", "p50_us", "p80_us", "peak_mb",
+                  "percent_of_limit", "device", "torch", "triton", "commit", "date"):  # fmt: skip
+        assert field in rows[0]
+    scripts.bench.main([*arguments, "--resume"])
+    assert rows_in(output) == rows
+    older = [json.dumps({**row, "commit": "older"}) for row in rows[:3]]
+    output.write_text("\n".join([*older, *map(json.dumps, rows[3:]), ""]), encoding="utf-8")
+    scripts.bench.main([*arguments, "--resume"])
+    assert [row["case"] for row in rows_in(output)[6:]] == [rows[0]["case"]] * 3
+    assert "% of the limit" in capsys.readouterr().out
+
+
+def test_a_wrong_case_ends_in_an_error_after_the_others(
+    scripts: Scripts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "kernels.jsonl"
+    wrong = replace(doubling_case(scripts, ours=lambda x: (3 * x,)), op="rmsnorm")
+    right = replace(doubling_case(scripts), op="rmsnorm", facts={"rows": 1})
+    monkeypatch.setattr(scripts.bench, "cases_of", lambda place, grid: iter([wrong, right]))
+    ceilings = scripts.timing.Ceilings(1e9, 1e9)
+    monkeypatch.setattr(scripts.bench, "ceilings_of", lambda device, dtype: ceilings)
+    with pytest.raises(SystemExit, match="1 cases with a wrong result were not timed"):
+        scripts.bench.main(command(output))
+    assert [row["case"] for row in rows_in(output)] == ["rmsnorm, rows 1"]
+    assert "WRONG rmsnorm, rows 64: argrpo: expected an error" in capsys.readouterr().out
+
+
+def test_odd_numbers_of_tokens_are_refused(
+    scripts: Scripts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        scripts.bench.arguments(["--tokens", "2048", "300"])
+    assert "--tokens: expected multiples of 256, got 300" in capsys.readouterr().err
+
+
+def test_pytest_collects_the_bench_and_groups_it_by_operation(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    chosen = "layernorm and argrpo and rows and not residual and not backward"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-P", "-m", "pytest", "bench/", "--benchmark-only"),
+            *("-p", "no:cacheprovider", "-k", chosen, f"--benchmark-json={report}"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (bench,) = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
+    assert bench["group"] == "layernorm"
+    assert bench["extra_info"]["model"] == "taming"
+    assert bench["extra_info"]["percent_of_limit"] > 0
