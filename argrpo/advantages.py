@@ -94,7 +94,9 @@ def group_advantages(rewards: Tensor, scale: Scale = "group") -> Advantages:
     return _advantages(rewards[..., None], torch.ones_like(rewards[0, :1]), scale)
 
 
-def normalise_then_sum(scores: Tensor, weights: Tensor, scale: Scale = "group") -> Advantages:
+def normalise_then_sum(
+    scores: Tensor, weights: Tensor, scale: Scale = "group", *, weigh_first: bool = False
+) -> Advantages:
     """Normalise each reward within its group, then take the weighted sum.
 
     A weight applied before would cancel in the division by the std, up to the 1e-4.
@@ -104,6 +106,7 @@ def normalise_then_sum(scores: Tensor, weights: Tensor, scale: Scale = "group") 
             weighted scores leaves its group for all of them.
         weights: [R] finite, not all 0; a reward of weight 0 is left out.
         scale: as in `group_advantages`.
+        weigh_first: apply the weights before all the same, see `ParityConfig`.
 
     Returns:
         `Advantages` with one column of `group_std` for each weighted reward.
@@ -115,7 +118,10 @@ def normalise_then_sum(scores: Tensor, weights: Tensor, scale: Scale = "group") 
     _check_weights(weights, scores.shape[2])
     _check_no_infinity("scores", scores)
     counts = weights != 0
-    return _advantages(scores[..., counts], weights[counts], scale)
+    scores, weights = scores[..., counts], weights[counts]
+    if weigh_first:
+        scores, weights = scores * weights.to(scores.dtype), torch.ones_like(weights)
+    return _advantages(scores, weights, scale)
 
 
 def _advantages(scores: Tensor, weights: Tensor, scale: Scale) -> Advantages:

@@ -31,6 +31,10 @@ class ParityConfig:
     """Sum the loss over the images of a prompt and average over prompts: images_per_prompt times
     the mean (bugrabaran/ar-policy-tuning at fac5b31, grpo.py)."""
 
+    weights_before_normalization: bool = False
+    """Where rewards are normalised apart, weigh a reward before it is divided by its spread, where
+    a weight cancels up to the 1e-4 (bugrabaran/ar-policy-tuning at fac5b31, grpo.py)."""
+
     bf16_masters: bool = False
     """Update bf16 weights themselves, with bf16 gradients and moments, which loses updates below
     half a unit in their last place (bugrabaran/ar-policy-tuning at fac5b31; Kwai-Klear/AR-GRPO at

@@ -26,6 +26,7 @@ class Scores:
     is_distribution: Tensor  # [R] bool: scored as part of all images, not one by one
     measured: dict[str, float]  # what distribution rewards say beside their scores, by log name
     config: AdvantageConfig
+    weigh_first: bool  # see ParityConfig.weights_before_normalization
 
     def advantages(self, group_size: int) -> Advantages:
         """Each image against the others of its prompt."""
@@ -35,7 +36,9 @@ class Scores:
         apart = self.config.aggregation == "normalize_then_sum"
         values, weights = (self.values, self.weights) if apart else self._by_kind()
         grouped = values.view(-1, group_size, len(weights))
-        return normalise_then_sum(grouped, weights, scale=self.config.scale)
+        return normalise_then_sum(
+            grouped, weights, scale=self.config.scale, weigh_first=self.weigh_first
+        )
 
     def metrics(self) -> dict[str, float]:
         """Mean and spread of each judge and of the weighted sum, over the images it scored."""
@@ -98,6 +101,7 @@ class Judges:
                 **_measured("monitors", monitors),
             },
             config=self._config.advantage,
+            weigh_first=self._config.parity.weights_before_normalization,
         )
 
     def update(self) -> None:

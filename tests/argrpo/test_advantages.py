@@ -73,6 +73,16 @@ def test_a_component_normalised_on_its_own_is_the_golden_one(
     )
 
 
+def test_a_released_weight_before_normalisation_all_but_cancels(
+    tensors: dict[str, Tensor],
+) -> None:
+    scores = torch.stack([tensors[f"separate.reward_{n}"] for n in ("comp", "fid")], dim=2).double()
+    got = normalise_then_sum(scores, torch.tensor([1.0, 25.0]), weigh_first=True)
+    comp, fid = (tensors[f"separate.adv_{n}_fp64"] for n in ("comp", "fid_w25"))
+    torch.testing.assert_close(got.values, comp + fid, **tolerance("fp64"))
+    torch.testing.assert_close(got.components[..., 1], fid, **tolerance("fp64"))
+
+
 def test_weights_apply_after_each_reward_is_normalised(tensors: dict[str, Tensor]) -> None:
     scores = torch.stack([tensors[f"separate.reward_{n}"] for n in ("comp", "fid")], dim=2).double()
     got = normalise_then_sum(scores, torch.tensor([1.0, 25.0]))
