@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.entropy_control import EntropyConfig
 from argrpo.learner_config import ParityConfig, ReferenceConfig
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.schedules import LearningRateConfig
@@ -99,9 +100,9 @@ class RewardConfig:
 class AdvantageConfig:
     """How scores become advantages within a group."""
 
-    aggregation: Literal[
-        "sum_then_normalize", "normalize_then_sum", "normalize_kinds_then_sum"
-    ] = "sum_then_normalize"
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum", "normalize_kinds_then_sum"] = (
+        "sum_then_normalize"
+    )
     """Sum the weighted scores and normalise once; or normalise each reward and weigh that; or sum
     and normalise the judges of single images, and normalise and weigh each distribution reward."""
 
@@ -238,6 +239,9 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What an optimizer step minimises."""
 
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    """How the reward for entropy follows the policy's entropy."""
+
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """The model that the KL is measured to."""
 
@@ -288,6 +292,11 @@ class TrainConfig:
             raise ValueError(
                 "objective.policy: expected guided, since the log-probs of the draw enter the "
                 "objective, got conditional; or draw without guidance and filters"
+            )
+        if self.entropy.control != "constant" and objective.entropy_coef != 0:
+            raise ValueError(
+                f"objective.entropy_coef: expected 0 with entropy.control {self.entropy.control}, "
+                f"which sets it, got {objective.entropy_coef}"
             )
         if objective.clip_components and self.advantage.aggregation == "sum_then_normalize":
             raise ValueError(

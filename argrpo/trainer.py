@@ -22,6 +22,7 @@ from argrpo.config import TrainConfig
 from argrpo.data import Prompt, load_prompts
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
+from argrpo.entropy_control import make_entropy_control
 from argrpo.image_files import save_grid
 from argrpo.learner import Learner
 from argrpo.model_paths import blamed_on, resolve_path
@@ -95,6 +96,12 @@ class Trainer:
         slots = min(config.max_slots or config.images_per_step, config.images_per_step)
         self.engine = RolloutEngine(self.policy, max_slots=slots)
         self._learner = Learner(self.policy, config)
+        self._entropy = make_entropy_control(
+            config.entropy,
+            constant=config.objective.entropy_coef,
+            num_steps=config.num_steps,
+            vocab_size=self.policy.config.vocab_size,
+        )
 
     def train(self) -> TrainResult:
         """Run all steps.
@@ -119,7 +126,7 @@ class Trainer:
         return TrainResult(self._folder.checkpoint(self.config.num_steps), metrics)
 
     def _train_step(self, step: int) -> dict[str, float]:
-        """One rollout iteration: the whole method in ten lines."""
+        """One rollout iteration: the whole method in a few lines."""
         self._clock.start_step()
         prompts = self._prompts.draw(self.config.prompts_per_step, self.config.seed, step)
         rollout = self._draw(prompts, step)
@@ -128,12 +135,18 @@ class Trainer:
         advantages = scores.advantages(self.config.images_per_prompt)
         with self._clock.phase("logprob"):
             experience = self._learner.prepare(rollout, advantages)
+        entropy_coef = self._entropy.coefficient(step)
         with self._clock.phase("update"):
-            learned = self._learner.learn(experience, step)
+            learned = self._learner.learn(experience, step, entropy_coef=entropy_coef)
+        self._judges.update()
+        # A step without a single score measures no entropy.
+        if advantages.used.any():
+            self._entropy.observe(learned["entropy/policy"])
         return {
             **scores.metrics(),
             **advantages.metrics(),
             **learned,
+            "entropy/coef": entropy_coef,
             "entropy/draw": rollout.entropies.mean().item(),
             **self._clock.finish_step(len(rollout), rollout.token_ids.numel()),
         }
