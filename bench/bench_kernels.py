@@ -12,7 +12,6 @@ says what the fields mean.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,15 +31,8 @@ import cases_sampling
 import torch
 from kernel_cases import CPU_GRID, GPU_GRID, MODELS, Case, Contender, Grid, PeerMissingError, Place
 from kernel_runs import Method, Row, WrongResultError, measure_case, one_pass, table
-from timing import (
-    Ceilings,
-    append_row,
-    clock_of,
-    environment,
-    measure,
-    measure_ceilings,
-    pinned_threads,
-)
+from result_rows import append_row, environment, rows_like
+from timing import Ceilings, clock_of, measure, measure_ceilings, pinned_threads
 from turns import OtherWork
 
 from argrpo.environment import cpu_features, cpu_model
@@ -81,7 +73,10 @@ def run(place: Place, args: argparse.Namespace) -> tuple[list[Row], int]:
     facts["limit_gb_per_s"] = round(method.ceilings.bytes_per_second / 1e9, 1)
     facts["limit_tflops"] = round(method.ceilings.flops_per_second / 1e12, 3)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    done = measured(args.output, facts) if args.resume else set()
+    done = set()
+    if args.resume:
+        known = rows_like(args.output, facts)
+        done = {row["case"] for row in known if row["dtype"] == facts["dtype"]}
     for case in cases_of(place, args.grid):
         if case.op not in args.only or case.name in done:
             continue
@@ -98,15 +93,6 @@ def run(place: Place, args: argparse.Namespace) -> tuple[list[Row], int]:
         print(table(found), flush=True)
         rows += found
     return rows, wrong
-
-
-def measured(path: Path, facts: Row) -> set[str]:
-    """Names of the cases that have rows of this commit, machine and dtype already."""
-    if not path.exists():
-        return set()
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    same = ("commit", "device", "dtype", "torch", "triton")
-    return {row["case"] for row in rows if all(row.get(key) == facts[key] for key in same)}
 
 
 def facts_of(place: Place, threads: int) -> Row:

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from llamagen_peer import LlamaGenPeer, PeerMissingError
+from result_rows import append_row, environment
 from rollout_contenders import MODELS, Case, Contender, Floor, OurEngine
-from timing import Call, Clock, Timing, append_row, clock_of, environment, pinned_threads
+from timing import Call, Clock, Timing, clock_of, pinned_threads
 from turns import OtherWork, PeakMemory, measure_in_turns, sum_between
 
 from argrpo.environment import cpu_features, cpu_model

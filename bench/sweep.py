@@ -20,15 +20,14 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from result_rows import append_row, environment
 from timing import (
     Call,
     Ceilings,
     EventClock,
     Timing,
     Work,
-    append_row,
     cold_calls,
-    environment,
     l2_bytes,
     measure_ceilings,
     measure_graph,
@@ -128,7 +127,7 @@ def constants_set(module: ModuleType, constants: Mapping[str, int]) -> Iterator[
             setattr(module, name, value)
 
 
-def run(sweep: Sweep, device: torch.device, ceilings: Ceilings) -> list[Result]:
+def run(sweep: Sweep, device: torch.device, ceilings: Ceilings, output: Path) -> list[Result]:
     """Time every candidate that gives the committed result; one row a case and candidate."""
     results, described = [], environment(device)
     expected = [_sample(case, device) for case in sweep.cases]
@@ -142,10 +141,16 @@ def run(sweep: Sweep, device: torch.device, ceilings: Ceilings) -> list[Result]:
                     break
                 medians.append(timing.p50_us)
                 percent = ceilings.percent(timing, case.work)
-                row = {"op": sweep.op, "case": case.name, "dtype": "bf16", "l2": "cold"}
+                row = {
+                    "bench": "sweep",
+                    "op": sweep.op,
+                    "case": case.name,
+                    "dtype": "bf16",
+                    "l2": "cold",
+                }
                 row |= {"constants": str(constants), "percent_of_ceiling": f"{percent:.1f}"}
                 times = {"p20_us": timing.p20_us, "p50_us": timing.p50_us, "p80_us": timing.p80_us}
-                append_row(RESULTS, row | times | described)
+                append_row(output, row | times | described)
                 print(f"{sweep.op} {case.name} {constants} {timing.p50_us:.1f} us {percent:.0f} %")
         if len(medians) == len(sweep.cases):
             results.append(Result(constants, math.fsum(medians)))
@@ -219,11 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time other tile sizes of a kernel on a GPU.")
     known = {sweep.op: sweep for sweep in sweeps()}
     parser.add_argument("--op", choices=sorted(known), required=True)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="rows are appended here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("sweep: needs a CUDA GPU, found none")
     device = torch.device("cuda")
-    results = run(known[args.op], device, measure_ceilings(device, EventClock()))
+    results = run(known[args.op], device, measure_ceilings(device, EventClock()), args.output)
     winner = choose(results)
     verdict = "stays" if winner is results[0] else "wins"
     print(f"{args.op}: {winner.constants} {verdict}, {winner.total_us:.1f} us over all cases")

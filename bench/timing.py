@@ -9,20 +9,14 @@ Ceilings are measured in the same run, on random data: a large copy, counting by
 written, and a large matrix product. Zeros would run faster than any real input.
 """
 
-import json
 import os
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import triton
 from torch import Tensor
 
 Call = Callable[[], object]
@@ -247,47 +241,6 @@ def pinned_threads(count: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         os.sched_setaffinity(0, allowed)
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Which machine, which versions, which commit: a part of every row."""
-    gpu = device.type == "cuda"
-    described = {
-        "device": torch.cuda.get_device_name(device) if gpu else platform.machine() or "cpu",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit_described(),
-    }
-    return described | ({"driver": _driver()} if gpu else {})
-
-
-def commit_described() -> str:
-    """The commit of this checkout, marked where files differ from it; "unknown" without git."""
-    return _first_line("git", "describe", "--always", "--dirty") or "unknown"
-
-
-def _driver() -> str:
-    return _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or (
-        "unknown"
-    )
-
-
-def _first_line(*command: str) -> str:
-    """Of what a program prints when it runs in the checkout; nothing where it is missing."""
-    if shutil.which(command[0]) is None:
-        return ""
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
-    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add one measurement to a results file, one JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, sort_keys=True) + "\n")
 
 
 def _percentile(ordered: Sequence[float], percent: float) -> float:

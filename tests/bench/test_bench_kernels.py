@@ -17,8 +17,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 MODULES = (
     "bench_kernels", "cases_attention", "cases_gradients", "cases_layers", "cases_logprobs",
-    "cases_sampling", "head_inputs", "kernel_cases", "kernel_peers", "kernel_runs", "timing",
-    "turns",
+    "cases_sampling", "head_inputs", "kernel_cases", "kernel_peers", "kernel_runs", "result_rows",
+    "timing", "turns",
 )  # fmt: skip
 VOCAB = 96
 CPU = torch.device("cpu")

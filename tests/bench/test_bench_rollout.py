@@ -14,7 +14,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCH = Path(__file__).parents[2] / "bench"
-SCRIPTS = ("bench_rollout", "llamagen_peer", "rollout_contenders", "timing", "turns")
+SCRIPTS = (
+    "bench_rollout",
+    "llamagen_peer",
+    "result_rows",
+    "rollout_contenders",
+    "timing",
+    "turns",
+)
 
 # A checkout with the names that the bench calls in LlamaGen's. Its model has no layers, so the
 # logits of token 0 are the head of the normed class embedding, as those of our policy then are.

@@ -1,0 +1,280 @@
+"""Everything that needs a GPU, in order of value, inside a number of minutes.
+
+    python bench/gpu_suite.py --minutes 9
+    python bench/gpu_suite.py --minutes 9 --only kernels_sampling rollout_xl --results DIR
+    python bench/gpu_suite.py --list
+
+Each part is a process of its own under its own time limit. Benches append their rows to the results
+folder as they go, so that a cut run loses at most the case it was in. A state file says which parts
+are done at which commit: a second call continues where the first stopped, benches leave out what
+they have measured, and a changed commit starts again. It ends with one table.
+
+Exit codes: 0 all that ran went well, 1 a part failed or ran over its limit, 2 there is no GPU.
+A new part is one record in `PARTS`.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from result_rows import append_row, commit_described, rows_in
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+STATE_NAME = "gpu_suite_state.json"
+# A part is not started with less than this left: importing torch and the first launch take half.
+LEAST_SECONDS = 20.0
+GRACE_SECONDS = 5.0  # between asking a process to end and ending it
+LAST_LINES = 15  # of a failed part's output
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to run."""
+
+    name: str
+    command: tuple[str, ...]  # arguments of python; {results} becomes the results folder
+    limit_s: float
+
+
+def _kernels(name: str, limit_s: float, *ops: str) -> Part:
+    output = "{results}/kernels_gpu.jsonl"
+    script = ("bench/bench_kernels.py", "--device", "cuda", "--resume", "--output", output)
+    return Part(f"kernels_{name}", (*script, "--only", *ops), limit_s)
+
+
+def _rollout(name: str, limit_s: float, *options: str) -> Part:
+    output = "{results}/rollout_gpu.jsonl"
+    script = ("bench/bench_rollout.py", "--device", "cuda", "--resume", "--output", output)
+    return Part(f"rollout_{name}", (*script, *options), limit_s)
+
+
+def _sweep(op: str) -> Part:
+    command = ("bench/sweep.py", "--op", op, "--output", "{results}/sweep.jsonl")
+    return Part(f"sweep_{op}", command, 90)
+
+
+# Files that prove nothing on a GPU, or need what a bare machine lacks: budgets are compiled for
+# every target anywhere, the filters' specification is plain PyTorch and tested with hypothesis.
+_NO_GPU_NEEDED = ("test_budgets.py", "test_token_filter.py")
+
+PARTS = (
+    Part(
+        "tests_kernels",
+        (
+            *("-P", "-m", "pytest", "tests/kernels", "-q", "-m", "gpu or not gpu"),
+            *("-p", "no:cacheprovider"),
+            *(f"--ignore=tests/kernels/{name}" for name in _NO_GPU_NEEDED),
+        ),
+        240,
+    ),
+    _kernels("sampling", 120, "guided_sample", "sample_logits"),
+    _kernels("attention", 120, "paged_decode_attention"),
+    _rollout("xl", 150, "--models", "XL", "--images", "128", "64", "8"),
+    _kernels("logprobs", 100, "token_logprobs", "fixed_scale_gradients"),
+    _rollout("b_3b", 150, "--models", "B", "3B", "--images", "128", "8"),
+    _rollout("xl_384", 120, "--models", "XL", "--images", "64", "--image_size", "384"),
+    _kernels("groups", 80, "logprob_gradients", "grouped_logprob_kl"),
+    _kernels("layers", 80, "rmsnorm", "rmsnorm_residual", "swiglu", "guided_hidden",
+             "layernorm", "layernorm_residual", "bias_gelu"),
+    _sweep("paged_attention"),
+    _sweep("rmsnorm"),
+    _sweep("swiglu"),
+    Part(
+        "tests_bench",
+        ("-P", "-m", "pytest", "tests/bench", "tests/engine", "-q", "-m", "gpu",
+         "-p", "no:cacheprovider"),
+        60,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended: done, failed, over its limit, or cut by the end of the suite's time."""
+
+    part: str
+    status: str
+    seconds: float
+    returncode: int | None
+    last_line: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Where results and state lie, and what is run."""
+
+    parts: Sequence[Part]
+    results: Path
+    state: Path
+    commit: str
+    now: Callable[[], float] = time.monotonic
+
+    def run(self, seconds: float) -> list[Outcome]:
+        """Run what is left to do until the time is over; the outcomes of this call."""
+        end = self.now() + seconds
+        outcomes = []
+        for part in self.left():
+            available = end - self.now()
+            if available < min(LEAST_SECONDS, part.limit_s):
+                break
+            outcome = self._run_part(part, available)
+            outcomes.append(outcome)
+            self._remember(outcome)
+        return outcomes
+
+    def left(self) -> list[Part]:
+        """What never ran at this commit, then what was cut; not what is done or failed."""
+        seen = self.outcomes()
+        new = [part for part in self.parts if part.name not in seen]
+        cut = [part for part in self.parts if seen.get(part.name, "") in ("over its limit", "cut")]
+        return new + cut
+
+    def outcomes(self) -> dict[str, str]:
+        """Status by part at this commit."""
+        if not self.state.exists():
+            return {}
+        state = json.loads(self.state.read_text(encoding="utf-8"))
+        return dict(state["parts"]) if state["commit"] == self.commit else {}
+
+    def _remember(self, outcome: Outcome) -> None:
+        parts = {**self.outcomes(), outcome.part: outcome.status}
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.state.with_suffix(".new")
+        fresh.write_text(json.dumps({"commit": self.commit, "parts": parts}), encoding="utf-8")
+        fresh.replace(self.state)
+        row = {
+            "bench": "gpu_suite",
+            "part": outcome.part,
+            "status": outcome.status,
+            "seconds": round(outcome.seconds, 1),
+            "last_line": outcome.last_line,
+            "commit": self.commit,
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        }
+        append_row(self.results / "gpu_suite.jsonl", row)
+
+    def _run_part(self, part: Part, available: float) -> Outcome:
+        print(f"== {part.name}: at most {min(part.limit_s, available):.0f} s", flush=True)
+        log = self.results / "logs" / f"{part.name}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        arguments = [word.replace("{results}", str(self.results)) for word in part.command]
+        start = self.now()
+        with log.open("w", encoding="utf-8") as out:
+            code = run_within([sys.executable, *arguments], min(part.limit_s, available), out)
+        seconds = self.now() - start
+        status = "done" if code == 0 else "failed"
+        if code is None:
+            status = "over its limit" if part.limit_s <= available else "cut"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if status != "done":
+            print("\n".join(f"   {line}" for line in lines[-LAST_LINES:]), flush=True)
+        written = [line for line in lines if line.strip()]
+        last = written[-1].strip() if written else ""
+        print(f"== {part.name}: {status} after {seconds:.0f} s", flush=True)
+        return Outcome(part.name, status, seconds, code, last[:200])
+
+
+def run_within(command: Sequence[str], seconds: float, out: Any) -> int | None:
+    """The exit code of a program; None if it was still running and had to be ended.
+
+    Everything that it started is ended with it.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Whatever is left of a process and its children; nothing where it has ended by itself."""
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def table(suite: Suite, outcomes: Sequence[Outcome]) -> str:
+    """What ran, what is left, and the headline of every result of this commit."""
+    lines = [f"{'part':24} {'status':16} {'seconds':>8}"]
+    lines += [f"{one.part:24} {one.status:16} {one.seconds:>8.0f}" for one in outcomes]
+    ran = {one.part for one in outcomes}
+    before = {name: status for name, status in suite.outcomes().items() if name not in ran}
+    lines += [f"{name:24} {status:16} {'earlier':>8}" for name, status in before.items()]
+    lines += [f"{part.name:24} {'to come':16}" for part in suite.left() if part.name not in ran]
+    lines += [*_headlines(suite.results)]
+    return "\n".join(lines)
+
+
+def _headlines(results: Path) -> list[str]:
+    """Our rows of the commit that runs, in few words."""
+    commit, lines = commit_described(), []
+    for path in sorted(results.glob("*_gpu.jsonl")):
+        ours = (row for row in rows_in(path) if row["contender"] == "argrpo")
+        lines += [_headline(row) for row in ours if row["commit"] == commit]
+    return lines
+
+
+def _headline(row: Mapping[str, Any]) -> str:
+    if row["bench"] == "kernels":
+        floor = f", {row['over_floor']:.2f} x floor" if "over_floor" in row else ""
+        return (
+            f"{row['case']}, {row['cache']}: {row['p50_us']:.1f} us, "
+            f"{row['percent_of_limit']:.0f} % of the limit{floor}"
+        )
+    return (
+        f"rollout {row['model']} {row['image_size']} px, {row['images']} images, "
+        f"guidance {row['guidance_scale']:g}: {row['images_per_s']:.2f} images/s"
+    )
+
+
+def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
+    """The suite on this machine; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    names = [part.name for part in parts]
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=", ".join(names))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--state", type=Path, help=f"default: {STATE_NAME} in the results folder")
+    parser.add_argument("--list", action="store_true", help="print the parts and their limits")
+    args = parser.parse_args(argv)
+    if args.list:
+        print("\n".join(f"{part.name:24} {part.limit_s:>4.0f} s" for part in parts))
+        return 0
+    if not torch.cuda.is_available():
+        print("gpu_suite: needs a CUDA GPU, found none", file=sys.stderr)
+        return 2
+    results = args.results.resolve()
+    wanted = [part for part in parts if args.only is None or part.name in args.only]
+    # Ended from outside, it ends the part that is running and keeps what that has written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    suite = Suite(wanted, results, args.state or results / STATE_NAME, commit_described())
+    outcomes = suite.run(args.minutes * 60)
+    print(table(suite, outcomes))
+    return 1 if any(one.status in ("failed", "over its limit") for one in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
