@@ -115,7 +115,7 @@ def _train(arguments: list[str]) -> Callable[[], None]:
     trainer = Trainer(config, make_trackers(config, progress=True))
 
     def run() -> None:
-        for line in describe(config):
+        for line in [*describe(config), *trainer.describe_memory()]:
             print(line)
         result = trainer.train()
         print(f"tuned policy: {result.policy_path}")

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from argrpo.config import TrainConfig
 from argrpo.data import Prompt, load_prompts
+from argrpo.engine.conditions import moved_to
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.entropy_control import make_entropy_control
 from argrpo.image_files import save_grid
 from argrpo.learner import Learner
+from argrpo.memory_preflight import available_bytes, forecast_memory
 from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
 from argrpo.models.pairing import check_pair
@@ -102,6 +104,18 @@ class Trainer:
             num_steps=config.num_steps,
             vocab_size=self.policy.config.vocab_size,
         )
+
+    def describe_memory(self) -> list[str]:
+        """What an optimizer step will hold and which micro-batch fits, in words.
+
+        Rehearses small passes; leaves no trace in the weights or the random state.
+        """
+        conditions = self._prompts.conditions(self._prompts.prompts[:1], repeats=2)
+        conditions = moved_to(conditions, self._device)
+        forecast = forecast_memory(self.policy, self.config, conditions)
+        # Judges and tokenizer stand already and are not part of what is left.
+        available = available_bytes(self._device) + forecast.weights
+        return forecast.describe(self.config, available)
 
     def train(self) -> TrainResult:
         """Run all steps.

@@ -216,6 +216,15 @@ def test_a_run_shows_and_saves_the_average_of_its_weights(models: Path, tmp_path
     assert 0 < (saved - base).norm() < 0.3 * moved
 
 
+def test_foreseeing_memory_changes_nothing(models: Path, tmp_path: Path) -> None:
+    plain, _ = _run(_config(models), tmp_path / "plain")
+    trainer = Trainer(replace(_config(models), output_dir=str(tmp_path / "run")), [])
+    (line,) = trainer.describe_memory()
+    assert "an optimizer step holds" in line
+    trainer.train()
+    assert torch.equal(plain.policy.head_weight, trainer.policy.head_weight)
+
+
 def test_inner_epochs_take_a_step_each(models: Path, tmp_path: Path) -> None:
     config = replace(_config(models), inner_epochs=2, num_steps=1)
     _, recorder = _run(config, tmp_path / "run")
