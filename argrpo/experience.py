@@ -21,7 +21,6 @@ class Experience:
     old_logprobs: Tensor | None  # [N, T] fp32; None: those of the forward pass itself
     ref_logprobs: Tensor | None  # [N, T] fp32
     draw_logprobs: Tensor | None  # [N, T] fp32, where the objective compares with the draw
-    entropies: Tensor | None  # [N, T] fp32 before the first update, where that was a pass anyway
 
     def __len__(self) -> int:
         return len(self.used)
@@ -36,8 +35,10 @@ class Experience:
         num_tokens = self.rollout.token_ids.shape[1]
         return LossScale(max(num_used, 1), num_used * num_tokens, num_tokens, summed)
 
-    def batch(self, rows: Tensor, scale: LossScale, entropy_coef: Tensor | None) -> LossBatch:
-        """The constants of the loss of some images; `entropy_coef` is [N]."""
+    def batch(
+        self, rows: Tensor, scale: LossScale, entropy_coef: Tensor | float | None
+    ) -> LossBatch:
+        """The constants of the loss of some images; `entropy_coef` as a tensor is [N]."""
         return LossBatch(
             self.advantages[rows],
             scale,
@@ -45,7 +46,7 @@ class Experience:
             old_logprobs=_rows(self.old_logprobs, rows),
             ref_logprobs=_rows(self.ref_logprobs, rows),
             draw_logprobs=_rows(self.draw_logprobs, rows),
-            entropy_coef=_rows(entropy_coef, rows),
+            entropy_coef=entropy_coef[rows] if isinstance(entropy_coef, Tensor) else entropy_coef,
         )
 
     def _mask(self, rows: Tensor) -> Tensor | None:

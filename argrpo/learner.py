@@ -22,7 +22,6 @@ from argrpo.engine.rollout import Rollout
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.experience import Experience
 from argrpo.head_gradients import LearnedBatch, backward
-from argrpo.kernels.token_logprobs import TokenLogprobs
 from argrpo.loss_batch import LossBatch
 from argrpo.loss_metrics import LossMetrics
 from argrpo.models.llamagen import LlamaGen
@@ -97,7 +96,6 @@ class Learner:
         if self._reference is not None:
             with self._reference.on_device() as model:
                 reference = scored(model, tokens, self._config.micro_batch).logprobs
-        before = self._before_updates(rollout, tokens)
         used = advantages.used.flatten()
         values = advantages.components.flatten(0, 1)
         if not objective.clip_components:
@@ -108,10 +106,9 @@ class Learner:
             advantages=values.to(device),
             used=used.to(device),
             all_used=bool(used.all()),
-            old_logprobs=None if before is None else before.logprobs,
+            old_logprobs=self._before_updates(rollout, tokens),
             ref_logprobs=reference,
             draw_logprobs=rollout.logprobs if objective.needs_draw_logprobs else None,
-            entropies=None if before is None else before.entropies,
         )
 
     def learn(
@@ -132,11 +129,10 @@ class Learner:
         Raises:
             NonFiniteError: a gradient is not finite; the weights are as before.
         """
-        coefficients = _per_image(entropy_coef, experience)
         metrics = self._policy_entropy(experience.tokens)
         for epoch in range(self._config.inner_epochs):
             updates = [
-                self._update(experience, rows, step, coefficients)
+                self._update(experience, rows, step, entropy_coef)
                 for rows in self._minibatches(len(experience))
             ]
             if epoch == 0:
@@ -152,17 +148,17 @@ class Learner:
             "optimizer_step": float(self._num_optimizer_steps),
         }
 
-    def _before_updates(self, rollout: Rollout, tokens: TokensToScore) -> TokenLogprobs | None:
-        """[N, T] scores that ratios compare with; None: each pass is its own."""
+    def _before_updates(self, rollout: Rollout, tokens: TokensToScore) -> Tensor | None:
+        """[N, T] log-probs that ratios compare with; None: each pass is its own."""
         config = self._config
         if config.updates_per_step == 1:
             return None
         if config.objective.old_logprobs == "draw":
-            return TokenLogprobs(rollout.logprobs, rollout.entropies)
-        return scored(self._policy, self._trained(tokens), config.micro_batch)
+            return rollout.logprobs
+        return scored(self._policy, self._trained(tokens), config.micro_batch).logprobs
 
     def _update(
-        self, experience: Experience, rows: Tensor, step: int, coefficients: Tensor | None
+        self, experience: Experience, rows: Tensor, step: int, entropy_coef: Tensor | float | None
     ) -> _Update:
         """One optimizer step on some images."""
         config = self._config
@@ -170,7 +166,7 @@ class Learner:
         scale = experience.scale(rows, summed=group)
         tokens = self._trained(experience.tokens)
         parts = [
-            self._accumulate(tokens.rows(part), experience.batch(part, scale, coefficients))
+            self._accumulate(tokens.rows(part), experience.batch(part, scale, entropy_coef))
             for part in rows.split(config.micro_batch)
         ]
         metrics = parts[0].metrics
@@ -255,10 +251,3 @@ def _draw_mismatch(rollout: Rollout, update: _Update) -> dict[str, float]:
 def _draw_ratio(rollout: Rollout, update: _Update) -> float:
     """Largest abs(ratio - 1) of the policy that trains to the one that drew."""
     return (update.logprobs - rollout.logprobs[update.rows]).expm1().abs().max().item()
-
-
-def _per_image(value: float | Tensor | None, experience: Experience) -> Tensor | None:
-    if value is None:
-        return None
-    like = experience.advantages
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).expand(len(experience))

@@ -50,8 +50,8 @@ class LossBatch:
     """[N, T] under the reference; needed where beta is above 0, measured anyway."""
     draw_logprobs: Tensor | None = None
     """[N, T] recorded at the draw; needed with an importance_sampling_cap."""
-    entropy_coef: Tensor | None = None
-    """[N] in place of the config's entropy_coef."""
+    entropy_coef: Tensor | float | None = None
+    """In place of the config's entropy_coef: one for all images, or [N]."""
 
     def check(self, logprobs: Tensor, entropies: Tensor | None) -> None:
         """ValueError by name if these constants do not fit the policy's tensors."""
@@ -65,7 +65,7 @@ class LossBatch:
         of_tokens = ("old_logprobs", "ref_logprobs", "draw_logprobs")
         named = {name: getattr(self, name) for name in ("advantages", "entropy_coef", *of_tokens)}
         for name, values in {**named, "entropies": entropies}.items():
-            if values is not None:
+            if isinstance(values, Tensor):
                 shape = shapes.get(name, (num_rows, num_tokens))
                 expect(name, values, shape, (logprobs.dtype,), contiguous=False)
         if self.mask is not None:

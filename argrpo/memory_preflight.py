@@ -25,8 +25,8 @@ from argrpo.peak_memory import MemoryUse, memory_use
 from argrpo.token_scores import HeadInputs, TokensToScore, head_inputs
 
 _FP32 = 4
-# Token id, and fp32 log-probs and entropies of the draw, of the pass before and of the reference.
-_TOKEN_BYTES = 8 + 5 * _FP32
+# Token id, and fp32 log-probs of draw, pass before and reference, entropies of the draw.
+_TOKEN_BYTES = 8 + 4 * _FP32
 
 
 class Line(NamedTuple):

@@ -155,9 +155,10 @@ def _per_token(
 
 def _entropy_coefficient(batch: LossBatch, config: ObjectiveConfig) -> Tensor | float | None:
     """[N, 1] or one for all; None where entropy does not count."""
-    if batch.entropy_coef is not None:
+    if isinstance(batch.entropy_coef, Tensor):
         return batch.entropy_coef[:, None]
-    return config.entropy_coef if config.entropy_coef > 0 else None
+    one = config.entropy_coef if batch.entropy_coef is None else batch.entropy_coef
+    return one if one > 0 else None
 
 
 def _ratio(logprobs: Tensor, old: Tensor, mask: Tensor | None, config: ObjectiveConfig) -> Tensor:

@@ -77,7 +77,7 @@ def test_the_forecast_is_within_15_percent_of_the_truth(name: str) -> None:
     learner.learn(learner.prepare(rollout, advantages), 0)
     experience = learner.prepare(rollout, advantages)
     tensors = [rollout.token_ids, rollout.logprobs, rollout.entropies, rollout.support]
-    tensors += [experience.ref_logprobs, experience.old_logprobs, experience.entropies]
+    tensors += [experience.ref_logprobs, experience.old_logprobs]
     standing = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     num_policies = 2 if config.objective.beta > 0 else 1
     standing += num_policies * sum(parameter.nbytes for parameter in policy.parameters())
