@@ -1,4 +1,4 @@
-"""The command line: argrpo demo | train | sample | report | doctor.
+"""The command line: argrpo demo | train | sample | moments | report | doctor.
 
 Exit codes:
     0    done
@@ -138,6 +138,19 @@ def _sample(arguments: list[str]) -> None:
     print(f"{folder}: one PNG file an image, grid.png, tokens.npy")
 
 
+def _moments(arguments: list[str]) -> None:
+    from argrpo.config_files import parse_config
+    from argrpo.moments import MomentsConfig, write_moments
+    from argrpo.progress import stage_progress
+
+    config = parse_config(MomentsConfig, arguments, command="argrpo moments", lists={})
+    config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
+    _prepare_digits_of(config, config.cache_dir)
+    with stage_progress(Console()) as report:
+        moments = write_moments(config, report)
+    print(f"{config.output}: {moments.num_images} images, {moments.dim} features")
+
+
 def _report(arguments: list[str]) -> None:
     from argrpo.report import write_report
 
@@ -214,6 +227,7 @@ _COMMANDS = {
     "demo": _Command("train the embedded digits task from nothing, and report on it", _demo),
     "train": _Command("fine-tune a policy: --config FILE.yaml or a preset, and overrides", _train),
     "sample": _Command("draw images from a policy into PNG files", _sample),
+    "moments": _Command("mean and covariance of images' features, for loo_fid", _moments),
     "report": _Command("write report.html about a run folder", _report),
     "doctor": _Command("say what is installed, what will be used, and why", _doctor),
 }

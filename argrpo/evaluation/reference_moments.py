@@ -5,9 +5,7 @@ Images of a folder go through the same network and preprocessing as generated on
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -15,9 +13,10 @@ from torch import Tensor
 from torchvision.transforms import functional as VF
 
 from argrpo.digits.dataset import load_split
-from argrpo.evaluation.features import FeatureExtractor, FeatureKind
+from argrpo.evaluation.features import FeatureExtractor
 from argrpo.evaluation.moment_files import load_moments
 from argrpo.evaluation.moments import Moments, MomentSums
+from argrpo.progress import Report, unreported
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,45 +26,13 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _SHEET = "grid.png"  # `argrpo sample` leaves one among its images
 
 
-@dataclass(frozen=True, kw_only=True)
-class MomentsConfig:
-    """Mean and covariance of images' features, as a file that the loo_fid reward compares with."""
-
-    images: str
-    """Folder of images, searched with its folders; or dataset:digits/SPLIT, the embedded ones."""
-
-    output: str
-    """The npz file to write."""
-
-    features_path: str
-    """Weights of the network: a file for inception, a folder for the others; digits:reward_judge
-    is an embedded one."""
-
-    features: FeatureKind = "inception"
-    """The network that makes features."""
-
-    image_size: int | None = None
-    """Crop to the middle square and resize to this many pixels first: the size of the policy's
-    images. None takes images as they are; they must be squares of one size."""
-
-    batch: int = 64
-    """Images in the network at a time; bounds memory."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-
-    cache_dir: str | None = None
-    """Where the embedded models are kept; None: argrpo under the user's cache folder."""
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch: expected at least 1, got {self.batch}")
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size: expected at least 1, got {self.image_size}")
-
-
 def reference_moments(
-    source: str, extractor: FeatureExtractor, *, image_size: int | None = None, batch: int = 64
+    source: str,
+    extractor: FeatureExtractor,
+    *,
+    image_size: int | None = None,
+    batch: int = 64,
+    report: Report = unreported,
 ) -> Moments:
     """Moments from an npz file, a folder of images or `dataset:digits/SPLIT`.
 
@@ -75,6 +42,7 @@ def reference_moments(
         image_size: of a folder: crop to the middle square and resize to it first. None: images
             must be squares of one size.
         batch: images read at a time.
+        report: told how many of a folder's images are done.
 
     Raises:
         ValueError: there are none or they do not fit the extractor, or an image cannot be read.
@@ -83,7 +51,7 @@ def reference_moments(
     if source.startswith(_DATASET):
         return _sums(_dataset(source).split(batch), extractor)
     if Path(source).is_dir():
-        return _sums(_images(Path(source), image_size, batch), extractor)
+        return _sums(_images(Path(source), image_size, batch, report), extractor)
     if not Path(source).exists():
         raise FileNotFoundError(f"expected an npz file or a folder of images, got {source}")
     moments = load_moments(source)
@@ -128,7 +96,7 @@ def _dataset(source: str) -> Tensor:
     return load_split(name.removeprefix(_DIGITS)).images
 
 
-def _images(folder: Path, image_size: int | None, batch: int) -> Iterator[Tensor]:
+def _images(folder: Path, image_size: int | None, batch: int, report: Report) -> Iterator[Tensor]:
     """Parts [n, 3, H, W] fp32 in [0, 1] of all images, in the order of their paths."""
     paths = sorted(
         path
@@ -148,6 +116,7 @@ def _images(folder: Path, image_size: int | None, batch: int) -> Iterator[Tensor
                     f"{path.name}; image_size crops and resizes them"
                 )
         yield torch.stack(part)
+        report("features", start + len(part), len(paths))
 
 
 def _image(path: Path, image_size: int | None) -> Tensor:

@@ -332,6 +332,7 @@ def test_help_of_each_command_says_what_its_settings_do(
         "train": "Images drawn per condition",
         "sample": "Classifier-free guidance",
         "demo": "or runs/demo-2, ... when taken",
+        "moments": "The network that makes features",
         "report": "folder of the run",
         "doctor": "What is installed here",
     }.items():
@@ -344,7 +345,7 @@ def test_the_help_lists_the_commands_that_stand_and_no_other(
 ) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("demo", "train", "sample", "report", "doctor"):
+    for command in ("demo", "train", "sample", "moments", "report", "doctor"):
         assert f"\n  {command} " in text
     assert main(["eval"]) == 2
 

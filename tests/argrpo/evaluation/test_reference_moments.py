@@ -11,7 +11,7 @@ from torch import Tensor
 from argrpo.digits.dataset import load_split
 from argrpo.evaluation.moment_files import save_moments
 from argrpo.evaluation.moments import moments_of
-from argrpo.evaluation.reference_moments import MomentsConfig, reference_moments
+from argrpo.evaluation.reference_moments import reference_moments
 
 
 class ChannelMeans:
@@ -118,9 +118,3 @@ def test_the_embedded_digits_are_a_dataset() -> None:
         reference_moments("dataset:digits/polcy", ChannelMeans())
     with pytest.raises(ValueError, match="expected dataset:digits/SPLIT, got dataset:imagenet"):
         reference_moments("dataset:imagenet", ChannelMeans())
-
-
-@pytest.mark.parametrize(("field", "value"), [("batch", 0), ("image_size", 0)])
-def test_sizes_below_one_are_refused(field: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{field}: expected at least 1, got 0"):
-        MomentsConfig(images="a", output="b.npz", features_path="c", **{field: value})
