@@ -32,7 +32,7 @@ import torch
 from kernel_cases import CPU_GRID, GPU_GRID, MODELS, Case, Contender, Grid, PeerMissingError, Place
 from kernel_runs import Method, Row, WrongResultError, measure_case, one_pass, table
 from result_rows import append_row, environment, rows_like
-from timing import Ceilings, clock_of, measure, measure_ceilings, pinned_threads
+from timing import Ceilings, ceilings_of, clock_of, measure, pinned_threads
 from turns import OtherWork
 
 from argrpo.environment import cpu_features, cpu_model
@@ -50,14 +50,6 @@ def cases_of(place: Place, grid: Grid) -> Iterator[Case]:
     """Every case, those first whose numbers matter most."""
     families = cases_sampling, cases_attention, cases_logprobs, cases_gradients, cases_layers
     return chain.from_iterable(family.cases(place, grid) for family in families)
-
-
-def ceilings_of(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Of this run; smaller work on a CPU, which is slower by a thousand."""
-    clock = clock_of(device)
-    if device.type == "cuda":
-        return measure_ceilings(device, clock, dtype=dtype)
-    return measure_ceilings(device, clock, dtype=dtype, copy_bytes=1 << 28, width=1024)
 
 
 def run(place: Place, args: argparse.Namespace) -> tuple[list[Row], int]:

@@ -2,58 +2,63 @@
 
     python bench/bench_rollout.py
     python bench/bench_rollout.py --peer llamagen --peer_path DIR    beside LlamaGen's own sampler
-    python bench/bench_rollout.py --model XL --images 2 --rollouts 0
+    python bench/bench_rollout.py --models B XL 3B --images 8 64 128 --guidance_scale 2 1
 
 The contenders take turns, because a machine's speed drifts by more than they differ: at every
 position A B C A B C ..., then whole rollouts A B. They have the same weights (random, at the
 published size), images, guidance, filters (none), dtype and threads. The floor is the matrix
-products and the attention of our step alone, as the library computes them in this very run.
+products and the attention of our step alone, as the library computes them in this very run; the
+limit is what the bytes and operations of a step take at the rates that this run measures first.
 
-One row a contender is appended to --output; bench/README.md says what its fields mean.
+Every model, number of images and guidance scale is a case. After each, one row a contender is
+appended to --output; bench/README.md says what its fields mean.
 """
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from llamagen_peer import LlamaGenPeer, PeerMissingError
-from result_rows import append_row, environment
+from result_rows import Row, append_row, environment, rows_like
 from rollout_contenders import MODELS, Case, Contender, Floor, OurEngine
-from timing import Call, Clock, Timing, clock_of, pinned_threads
-from turns import OtherWork, PeakMemory, measure_in_turns, sum_between
+from rollout_rows import milliseconds, rows_of, table, with_limits
+from timing import Call, Ceilings, Clock, Timing, ceilings_of, clock_of, pinned_threads
+from turns import OtherWork, PeakMemory, measure_in_turns
 
 from argrpo.environment import cpu_features, cpu_model
 from argrpo.models.llamagen import LlamaGen
 
-RESULTS = Path(__file__).parent / "results" / "rollout_cpu.jsonl"
+RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Row = dict[str, Any]
 
 # How far the peer's logits may lie from ours, relative to their size: the rounding of a forward
 # pass, and in bf16 also that the peer mixes rounded logits where we mix hidden states.
 _SAME_LOGITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def run(case: Case, args: argparse.Namespace) -> list[Row]:
-    """Measure all that was asked for: one row a contender."""
-    clock, policy = clock_of(case.device), case.policy()
+def run(case: Case, policy: LlamaGen, ceilings: Ceilings, args: argparse.Namespace) -> list[Row]:
+    """Measure one case: one row a contender."""
+    clock = clock_of(case.device)
     ours = OurEngine(case, policy)
     drawing: list[Contender] = [ours, *peers_of(case, policy, args.peer, args.peer_path)]
     peaks = {contender.name: peak_bytes(contender, case) for contender in drawing}
     whole: dict[str, Timing] = {}
     if args.rollouts:
         calls: dict[str, Call] = {contender.name: contender.rollout for contender in drawing}
-        whole = measure_in_turns(calls, clock, warmup=0, samples=args.rollouts)
+        # A first draw on a GPU compiles and captures.
+        warmup = 1 if case.device.type == "cuda" else 0
+        whole = measure_in_turns(calls, clock, warmup=warmup, samples=args.rollouts)
     for contender in drawing:
         contender.prepare()
-    floor = Floor(case, policy, ours.cache)
-    steps = measure_steps([floor, *drawing], args.positions, clock, args.samples)
-    rows = rows_of(case, steps, whole, peaks)
+    steps = measure_steps([Floor(case, policy), *drawing], args.positions, clock, args.samples)
+    rows = with_limits(case, ceilings, rows_of(case, steps, whole, peaks))
     if args.deterministic_images:
         wider = replace(case, images=args.deterministic_images)
         rows.append(deterministic_row(wider, policy, clock, args.samples))
@@ -100,37 +105,6 @@ def measure_steps(
     return steps
 
 
-def rows_of(
-    case: Case,
-    steps: Mapping[str, Mapping[int, Timing]],
-    whole: Mapping[str, Timing],
-    peaks: Mapping[str, int],
-) -> list[Row]:
-    """One row a contender, each compared with the floor and with our engine."""
-    ours = OurEngine.name
-    sums = {
-        name: sum_between({p: t.p50_us / 1e3 for p, t in timings.items()}, range(case.num_tokens))
-        for name, timings in steps.items()
-    }
-    rows = []
-    for name, timings in steps.items():
-        row: Row = {
-            "contender": name,
-            "steps": [{"position": p, **_ms(timing)} for p, timing in timings.items()],
-            "steps_sum_ms": round(sums[name], 1),
-            "images_per_s": round(case.images / sums[name] * 1e3, 4),
-            "over_floor": round(sums[name] / sums[Floor.name], 3),
-            "over_ours": round(sums[name] / sums[ours], 3),
-        }
-        if name in whole:
-            row["rollout"] = _ms(whole[name])
-            row["rollout_over_ours"] = round(whole[name].p50_us / whole[ours].p50_us, 3)
-        if name in peaks:
-            row["peak_mb"] = round(peaks[name] / 1e6, 1)
-        rows.append(row)
-    return rows
-
-
 def deterministic_row(case: Case, policy: LlamaGen, clock: Clock, samples: int) -> Row:
     """What `deterministic=True` costs: time an image, over that of one wave of all images."""
     wide, fixed = OurEngine(case, policy), OurEngine(case, policy, deterministic=True)
@@ -144,36 +118,12 @@ def deterministic_row(case: Case, policy: LlamaGen, clock: Clock, samples: int) 
         "contender": f"{OurEngine.name} deterministic=True",
         "images": case.images,
         "images_a_wave": fixed.engine.num_slots,
-        "steps": [{"position": position, **_ms(timings["fixed"])}],
+        "steps": [{"position": position, **milliseconds(timings["fixed"])}],
         "over_ours": round(waves * timings["fixed"].p50_us / timings["wide"].p50_us, 3),
     }
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Positions down, contenders across, then what they sum up to."""
-    across = [row for row in rows if "steps_sum_ms" in row]
-
-    def line(label: str, cells: Sequence[object]) -> str:
-        return f"{label:>20}" + "".join(f"{cell:>12}" for cell in cells)
-
-    lines = [line("", [row["contender"] for row in across])]
-    for i, step in enumerate(across[0]["steps"]):
-        label = f"step {step['position']}, ms"
-        lines.append(line(label, [f"{row['steps'][i]['p50_ms']:.2f}" for row in across]))
-    for field in (
-        "steps_sum_ms", "images_per_s", "over_floor", "over_ours", "rollout_over_ours", "peak_mb",
-    ):  # fmt: skip
-        if any(field in row for row in across):
-            lines.append(line(field, [row.get(field, "") for row in across]))
-    lines += [
-        f"{row['contender']}, {row['images']} images: {row['over_ours']} times the time"
-        for row in rows
-        if row not in across
-    ]
-    return "\n".join(lines)
-
-
-def facts_of(case: Case, threads: int) -> Row:
+def facts_of(case: Case, ceilings: Ceilings, threads: int) -> Row:
     """What all rows of a run have in common."""
     facts: Row = {
         "bench": "rollout",
@@ -188,33 +138,41 @@ def facts_of(case: Case, threads: int) -> Row:
         "top_k": 0,
         "top_p": 1.0,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "threads": threads,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "limit_gb_per_s": round(ceilings.bytes_per_second / 1e9, 1),
+        "limit_tflops": round(ceilings.flops_per_second / 1e12, 3),
         **environment(case.device),
     }
     if case.device.type == "cpu":
         facts |= {"device": cpu_model(), "cpu_features": " ".join(cpu_features())}
+        facts["threads"] = threads
     return facts
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--model", choices=list(MODELS), default="B")
+    add("--models", nargs="+", choices=list(MODELS), default=["B"], help="published sizes")
     add("--image_size", type=int, default=256, help="pixels a side, a multiple of 16")
-    add("--images", type=int, default=8, help="drawn at a time")
-    add("--guidance_scale", type=float, default=2.0, help="1 turns guidance off")
-    add("--dtype", choices=list(DTYPES), default="float32")
+    add("--images", type=int, nargs="+", default=[8], help="drawn at a time")
+    add("--guidance_scale", type=float, nargs="+", default=[2.0], help="1 turns guidance off")
+    add("--dtype", choices=list(DTYPES), help="bfloat16 on a GPU, float32 on a CPU")
     add("--device", type=torch.device, default=torch.device("cpu"))
-    add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
+    add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="on a CPU")
     add("--positions", type=int, nargs="+", help="tokens to time; default 1, quarters and the last")
     add("--samples", type=int, default=15, help="timed steps at each position")
     add("--rollouts", type=int, default=1, help="whole rollouts of each contender; 0 skips them")
-    add("--deterministic_images", type=int, default=32, help="to show its cost on; 0 skips it")
+    add("--deterministic_images", type=int, help="to show its cost on: 32 on a CPU, else 0 (skip)")
     add("--peer", choices=["none", "llamagen"], default="none")
     add("--peer_path", type=Path, help="a checkout of the peer's repository")
-    add("--output", type=Path, default=RESULTS, help="rows are appended here")
+    add("--output", type=Path, help="rows are appended here")
+    add("--resume", action="store_true", help="leave out cases with rows of this commit in output")
     args = parser.parse_args(argv)
+    gpu = args.device.type == "cuda"
+    args.dtype = DTYPES[args.dtype or ("bfloat16" if gpu else "float32")]
+    args.output = args.output or RESULTS / f"rollout_{'gpu' if gpu else 'cpu'}.jsonl"
+    if args.deterministic_images is None:
+        args.deterministic_images = 0 if gpu else 32
     num_tokens = (args.image_size // 16) ** 2
     if args.positions is None:
         quarters = {num_tokens * part // 4 for part in (1, 2, 3)}
@@ -225,37 +183,52 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """Those of a model follow each other, so that its weights are made once."""
+    return [
+        Case(
+            model=model,
+            image_size=args.image_size,
+            images=images,
+            guidance_scale=guidance_scale,
+            dtype=args.dtype,
+            device=args.device,
+        )
+        for model in args.models
+        for guidance_scale in args.guidance_scale
+        for images in args.images
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    case = Case(
-        model=args.model,
-        image_size=args.image_size,
-        images=args.images,
-        guidance_scale=args.guidance_scale,
-        dtype=DTYPES[args.dtype],
-        device=args.device,
-    )
-    with pinned_threads(args.threads):
-        facts, others = facts_of(case, args.threads), OtherWork()
-        rows = run(case, args)
-        facts["others_busy_cores"] = round(others.busy_cores(), 2)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(table(rows))
-    for row in rows:
-        append_row(args.output, {**facts, **row})
+    on_cpu = args.device.type == "cpu"
+    with pinned_threads(args.threads) if on_cpu else nullcontext():
+        ceilings = ceilings_of(args.device, args.dtype)
+        for _model, cases in groupby(cases_of(args), key=attrgetter("model")):
+            policy: LlamaGen | None = None
+            for case in cases:
+                facts = facts_of(case, ceilings, args.threads)
+                if args.resume and is_measured(args.output, facts):
+                    continue
+                policy = case.policy() if policy is None else policy
+                others = OtherWork()
+                rows = run(case, policy, ceilings, args)
+                facts["others_busy_cores"] = round(others.busy_cores(), 2)
+                print(", ".join(f"{name} {value}" for name, value in facts.items()))
+                print(table(rows), flush=True)
+                for row in rows:
+                    append_row(args.output, {**facts, **row})
+
+
+def is_measured(path: Path, facts: Row) -> bool:
+    """Whether a case has rows of this commit, machine and dtype already."""
+    same = ("model", "image_size", "images", "guidance_scale", "dtype")
+    return any(all(row[key] == facts[key] for key in same) for row in rows_like(path, facts))
 
 
 def _step(contender: Contender | Floor, position: int) -> Call:
     return lambda: contender.step(position)
-
-
-def _ms(timing: Timing) -> dict[str, float | int]:
-    return {
-        "p20_ms": round(timing.p20_us / 1e3, 3),
-        "p50_ms": round(timing.p50_us / 1e3, 3),
-        "p80_ms": round(timing.p80_us / 1e3, 3),
-        "samples": timing.samples,
-    }
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ Shapes: N images, T image tokens, D width, V codebook.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
+from roofline import StepSizes
+from timing import captured
 from torch import Tensor
 from torch.nn import functional as F
 
-from argrpo.engine.kv_cache import WaveCache
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
@@ -88,7 +90,24 @@ class Case:
             image_size=self.image_size,
             num_classes=NUM_CLASSES,
         )
-        return LlamaGen(config).to(device=self.device, dtype=self.dtype).requires_grad_(False)
+        with self.device:  # 3B numbers take a GPU a moment and a CPU half a minute
+            policy = LlamaGen(config)
+        return policy.to(dtype=self.dtype).requires_grad_(False)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values: the plain PyTorch path keeps them in fp32."""
+        return self.dtype if self.device.type == "cuda" else torch.float32
+
+    @property
+    def step_sizes(self) -> StepSizes:
+        sizes = MODELS[self.model]
+        return StepSizes(
+            *(sizes.dim, sizes.num_layers, sizes.ffn_dim, VOCAB_SIZE, self.images),
+            num_branches=2 if self.is_guided else 1,
+            itemsize=self.dtype.itemsize,
+            cache_itemsize=self.cache_dtype.itemsize,
+        )
 
 
 class Contender(Protocol):
@@ -126,10 +145,6 @@ class OurEngine:
         self._wave.cache.values.normal_()
         self._tokens = random_tokens(self._case, len(self._wave.rows))
 
-    @property
-    def cache(self) -> WaveCache:
-        return self._wave.cache
-
     @torch.no_grad()
     def step(self, position: int) -> object:
         return self.engine._step(self._wave, self._tokens, position)
@@ -142,12 +157,12 @@ class Floor:
     """The matrix products and the attention of our step, and nothing else of it.
 
     As the library computes them: `linear` on the policy's own weights, batched products and a
-    softmax on the engine's own cache.
+    softmax over the filled part of a cache of as many bytes. On a GPU a step is a captured graph.
     """
 
     name = "floor"
 
-    def __init__(self, case: Case, policy: LlamaGen, cache: WaveCache) -> None:
+    def __init__(self, case: Case, policy: LlamaGen) -> None:
         shape, width = policy.shape, policy.config.dim
         rows = case.images * (2 if case.is_guided else 1)
         weights = dict(policy.named_parameters())
@@ -156,15 +171,27 @@ class Floor:
             for layer in range(shape.num_layers)
         ]
         self._head = policy.head_weight
-        self._keys, self._values = cache.keys[:, :rows], cache.values[:, :rows]
+        cache = shape.num_layers, rows, shape.num_heads, case.num_tokens, shape.head_dim
+        self._keys, self._values = (
+            torch.randn(cache, device=case.device, dtype=case.cache_dtype) for _ in range(2)
+        )
         self._wide = _random(case, rows, 1, width)
         self._gated = _random(case, rows, 1, policy.config.ffn_dim)
         self._mixed = _random(case, case.images, width)
         queries = rows * shape.num_heads, 1, shape.head_dim
-        self._queries = torch.randn(queries, device=case.device, dtype=cache.keys.dtype)
+        self._queries = torch.randn(queries, device=case.device, dtype=case.cache_dtype)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._device = case.device
+
+    def step(self, position: int) -> object:
+        if self._device.type != "cuda":
+            return self._products(position)
+        if position not in self._graphs:
+            self._graphs[position] = captured([partial(self._products, position)])
+        return self._graphs[position].replay()
 
     @torch.no_grad()
-    def step(self, position: int) -> object:
+    def _products(self, position: int) -> Tensor:
         for layer, (wqkv, wo, w13, w2) in enumerate(self._weights):
             F.linear(self._wide, wqkv)
             keys = self._keys[layer].flatten(0, 1)[:, : position + 1]

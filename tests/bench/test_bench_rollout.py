@@ -19,12 +19,15 @@ SCRIPTS = (
     "llamagen_peer",
     "result_rows",
     "rollout_contenders",
+    "rollout_rows",
+    "roofline",
     "timing",
     "turns",
 )
 
 # A checkout with the names that the bench calls in LlamaGen's. Its model has no layers, so the
-# logits of token 0 are the head of the normed class embedding, as those of our policy then are.
+# logits of token 0 are the head of the normed class embedding, as those of our policy are where no
+# layer adds anything.
 GPT = """
 from torch import nn
 
@@ -38,6 +41,9 @@ class Model(nn.Module):
         self.layers = nn.ModuleList()
         self.norm = nn.RMSNorm(16, eps=1e-5)
         self.output = nn.Linear(16, vocab_size, bias=False)
+
+    def load_state_dict(self, weights):
+        super().load_state_dict({k: w for k, w in weights.items() if not k.startswith("layers.")})
 
     def setup_caches(self, rows, positions, dtype):
         assert (rows, positions) == (6, 17)
@@ -82,7 +88,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripts]:
     bench, contenders, turns = (
         importlib.import_module(name) for name in ("bench_rollout", "rollout_contenders", "turns")
     )
-    for name, num_layers in {"tiny": 2, "flat": 0}.items():
+    for name, num_layers in {"tiny": 2, "flat": 1}.items():
         monkeypatch.setitem(contenders.MODELS, name, contenders.Sizes(16, num_layers, 2, 24))
     yield Scripts(bench, contenders, turns)
     for name in SCRIPTS:
@@ -101,9 +107,18 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
         del sys.modules[name]
 
 
+def flat_policy(case: Any) -> Any:
+    """A policy whose layer adds nothing."""
+    policy = case.policy()
+    for layer in policy.layers:
+        layer.attention.wo.weight.zero_()
+        layer.feed_forward.w2.weight.zero_()
+    return policy
+
+
 def command(output: Path, *more: str) -> list[str]:
     return [
-        "--model", "tiny", "--image_size", "64", "--images", "3", "--threads", "1",
+        "--models", "tiny", "--image_size", "64", "--images", "3", "--threads", "1",
         "--samples", "2", "--positions", "1", "15", "--output", str(output), *more,
     ]  # fmt: skip
 
@@ -121,7 +136,7 @@ def test_the_floor_multiplies_as_much_as_a_step_of_the_engine(
     ours = scripts.contenders.OurEngine(case, policy)
     ours.prepare()
     flops = {}
-    for contender in (ours, scripts.contenders.Floor(case, policy, ours.cache)):
+    for contender in (ours, scripts.contenders.Floor(case, policy)):
         with FlopCounterMode(display=False) as counter:
             contender.step(9)
         flops[contender.name] = counter.get_total_flops()
@@ -148,6 +163,44 @@ def test_rows_say_what_was_done_and_how_contenders_compare(
     assert "over_floor" in capsys.readouterr().out
 
 
+def test_every_model_size_and_scale_is_a_case_and_is_measured_once(
+    scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+    policy_of = scripts.contenders.Case.policy
+
+    def counted(case: Any) -> Any:
+        built.append(case.model)
+        return policy_of(case)
+
+    monkeypatch.setattr(scripts.contenders.Case, "policy", counted)
+    output = tmp_path / "rollout.jsonl"
+    asked = command(output, "--rollouts", "0", "--deterministic_images", "0", "--resume")
+    asked[asked.index("3")] = "2"
+    scripts.bench.main([*asked, "--guidance_scale", "2", "1"])
+    cases = [(row["images"], row["guidance_scale"]) for row in rows_in(output)]
+    assert cases == [(2, 2.0), (2, 2.0), (2, 1.0), (2, 1.0)]  # the floor and ours of each
+    scripts.bench.main([*asked, "--images", "2", "4"])
+    assert [(row["images"], row["guidance_scale"]) for row in rows_in(output)[4:]] == [(4, 2.0)] * 2
+    assert built == ["tiny", "tiny"]  # once a run, however many cases
+
+
+def test_steps_are_measured_against_what_they_must_move(scripts: Scripts) -> None:
+    case = scripts.case("tiny", images=3)
+    ceilings = scripts.bench.Ceilings(bytes_per_second=1e9, flops_per_second=1e15)
+    steps = [{"position": 9, "p50_ms": 4.0}]
+    (row,) = scripts.bench.with_limits(case, ceilings, [{"steps": steps, "steps_sum_ms": 64.0}])
+    # fp32, width 16, 2 layers of 4 x 16^2 + 3 x 16 x 24 weights, a head of 16384 x 16; and 6
+    # sequences of 10 positions, a key and a value of 16 numbers in 2 layers: 1 ns a byte.
+    weights = 4 * (2 * (4 * 16**2 + 3 * 16 * 24) + 16384 * 16)
+    cache = 4 * 6 * 10 * 2 * 2 * 16
+    assert row["steps"][0]["percent_of_limit"] == round(100 * (weights + cache) / 4e6, 1)
+    mean_cache = 4 * 6 * 8.5 * 2 * 2 * 16
+    least_ms = 16 * (weights + mean_cache) / 1e6
+    assert row["percent_of_limit"] == round(100 * least_ms / 64, 1)
+    assert row["limit_images_per_s"] == round(3 / least_ms * 1e3, 3)
+
+
 def test_a_missing_peer_is_a_line_and_the_rest_is_measured(
     scripts: Scripts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,13 +218,13 @@ def test_a_broken_peer_is_a_line_too(
 ) -> None:
     (checkout / "autoregressive" / "models" / "gpt.py").write_text("import no_such_module")
     case = scripts.case("flat")
-    assert scripts.bench.peers_of(case, case.policy(), "llamagen", checkout) == []
+    assert scripts.bench.peers_of(case, flat_policy(case), "llamagen", checkout) == []
     assert "cannot be imported: No module named 'no_such_module'" in capsys.readouterr().out
 
 
 def test_the_peer_draws_the_same_work_with_our_weights(scripts: Scripts, checkout: Path) -> None:
     case = scripts.case("flat")
-    (peer,) = scripts.bench.peers_of(case, case.policy(), "llamagen", checkout)
+    (peer,) = scripts.bench.peers_of(case, flat_policy(case), "llamagen", checkout)
     peer.prepare()
     assert peer.step(5) == ("step", [3, 1], [5])
     assert peer.rollout() == ("rollout", 3, 16)
@@ -182,7 +235,7 @@ def test_a_peer_with_other_logits_is_refused(scripts: Scripts, checkout: Path) -
     (checkout / "autoregressive" / "models" / "gpt.py").write_text(skewed, encoding="utf-8")
     case = scripts.case("flat")
     with pytest.raises(RuntimeError, match="llamagen: expected the logits of our policy within"):
-        scripts.bench.peers_of(case, case.policy(), "llamagen", checkout)
+        scripts.bench.peers_of(case, flat_policy(case), "llamagen", checkout)
 
 
 def test_contenders_take_turns_and_warm_turns_do_not_count(scripts: Scripts) -> None:
