@@ -252,6 +252,39 @@ def test_components_share_a_pass_and_may_be_clipped_apart() -> None:
     torch.testing.assert_close(moved[0], moved[1], atol=1e-6, rtol=0)
 
 
+def test_an_image_level_objective_has_the_gradient_of_its_formula() -> None:
+    policy, beta, coefficient = make_policy(), 3.0, 0.01
+    config = make_config(
+        objective=ObjectiveConfig(
+            importance_sampling_level="sequence",
+            kl_level="sequence",
+            beta=beta,
+            entropy_coef=coefficient,
+            clip_components=True,
+        ),
+        advantage=AdvantageConfig(aggregation="normalize_then_sum"),
+        parity=ParityConfig(sum_over_group=True),
+    )
+    advantages = normalise_then_sum(torch.randn(PROMPTS, GROUP, 2), torch.tensor([1.0, 2.0]))
+    rollout = draw(policy, config.rollout)
+    learner = Learner(policy, config)
+    with torch.no_grad():
+        policy.output.weight.mul_(0.9)  # away from the reference
+    experience = learner.prepare(rollout, advantages)
+    by_hand = copy.deepcopy(policy)
+    log_probs = by_hand.logits(rollout.conditions, rollout.token_ids).log_softmax(-1)
+    means = log_probs.gather(2, rollout.token_ids[..., None]).squeeze(2).mean(dim=1)
+    entropies = -(log_probs.exp() * log_probs).sum(-1).mean(dim=1)
+    assert experience.ref_logprobs is not None
+    difference = experience.ref_logprobs.mean(dim=1) - means
+    surrogate = (means - means.detach()).exp() * advantages.values.flatten()
+    k3 = difference.exp() - difference - 1
+    ((beta * k3 - surrogate - coefficient * entropies).sum() / PROMPTS).backward()
+    gradients = [p.grad.flatten() for p in by_hand.parameters() if p.grad is not None]
+    got = learner.learn(experience, 0)["grad_norm"]
+    assert got == pytest.approx(torch.cat(gradients).norm().item(), rel=1e-4)  # fp32 sums
+
+
 def test_an_entropy_coefficient_replaces_that_of_the_objective() -> None:
     moved = []
     for configured, given in ((0.3, None), (0.0, 0.3), (0.0, torch.full((IMAGES,), 0.3))):
