@@ -11,6 +11,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from engine_steps import steps_of
 from roofline import StepSizes
 from timing import captured
 from torch import Tensor
@@ -136,18 +137,10 @@ class OurEngine:
         self.engine = RolloutEngine(policy, max_slots=case.images, deterministic=deterministic)
 
     def prepare(self) -> None:
-        # A single step has no public name: these three are the engine's own, as a draw calls them.
-        request = self.engine._request(self._case.labels, self._case.params, 0, None, False, False)
-        assert request is not None
-        rows = torch.arange(self.engine.num_slots, device=self._case.device)
-        self._wave = self.engine._start_wave(request, rows)
-        self._wave.cache.keys.normal_()
-        self._wave.cache.values.normal_()
-        self._tokens = random_tokens(self._case, len(self._wave.rows))
+        self._steps = steps_of(self.engine, self._case.labels, self._case.params)
 
-    @torch.no_grad()
     def step(self, position: int) -> object:
-        return self.engine._step(self._wave, self._tokens, position)
+        return self._steps.step(position)
 
     def rollout(self) -> object:
         return self.engine.draw(self._case.labels, self._case.params, seed=0)

@@ -89,3 +89,20 @@ class PrefixAttend:
         total = kept.cumsum(dim=1) + values * ~valid
         count = self._mask.cumsum(dim=1)[:, :, None, None] + (~valid).int()
         return (total / count).to(qkv.dtype).flatten(2)
+
+
+class PrefixKeyAttend:
+    """Causal attention inside an ordinary prefix. Keeps the keys and values of each layer."""
+
+    def __init__(self, rotary: Tensor) -> None:
+        """`rotary`: [P, D / 2, 2] fp32 of the prefix positions."""
+        self._attend = CausalAttend(rotary)
+        self._rotary = rotary
+        self.keys: list[Tensor] = []  # of each layer [N, P, H, D], rotated
+        self.values: list[Tensor] = []
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        assert layer == len(self.keys), "layers attend in order"
+        self.keys.append(rotate(qkv[:, :, 1], self._rotary))
+        self.values.append(qkv[:, :, 2])
+        return self._attend(layer, qkv)

@@ -80,6 +80,19 @@ def select(conditions: Conditions, rows: Tensor) -> Conditions:
     return conditions[rows]
 
 
+def same_conditions(one: Conditions | None, other: Conditions) -> bool:
+    """Whether two sets of conditions are equal, row by row."""
+    if isinstance(one, TextFeatures) and isinstance(other, TextFeatures):
+        return (
+            torch.equal(one.rows, other.rows)
+            and torch.equal(one.mask, other.mask)
+            and torch.equal(one.features, other.features)
+        )
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return False
+
+
 def distinct(conditions: Conditions) -> DistinctConditions:
     """Each label or prompt once, so that a group of images computes its prefix once."""
     if isinstance(conditions, TextFeatures):

@@ -11,16 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from argrpo.engine.attention import rotate
+from argrpo.engine.cache_plan import ROW_TILE
 from argrpo.engine.policy import PolicyShape
 from argrpo.engine.prefix import PrefixStates
 
 # Keys, values and scores are fp32 whatever the weights are: without a kernel that accumulates in
 # fp32, half-precision scores would be rounded, and on a CPU half-precision products are slower.
 _DTYPE = torch.float32
-
-# Rows of a wave come in multiples of this: a library product rounds the rows of a whole tile
-# alike and may round those of a broken one differently (MKL fp32: exact for every multiple of 4).
-ROW_TILE = 4
 
 
 def slot_bytes(shape: PolicyShape, num_branches: int) -> int:

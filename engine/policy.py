@@ -1,5 +1,6 @@
 """What the engine asks of a model. Any module with these members can be drawn from."""
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -43,6 +44,10 @@ class Policy(Protocol):
     @property
     def head_weight(self) -> Tensor:
         """[V, D]; the head has no bias."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every weight; the engine reads them in place and notices when they change."""
         ...
 
     def check_conditions(self, conditions: Conditions) -> None:

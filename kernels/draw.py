@@ -28,3 +28,10 @@ class Draw(NamedTuple):
     entropies: Tensor  # [B] fp32, nats, of the distribution drawn from; 0 when greedy
     cond_logprobs: Tensor | None  # [B] fp32, conditional branch alone, no filter; 0 when greedy
     support: Tensor | None  # [B, ceil(V / 8)] uint8, bit 7 - v % 8 of byte v // 8 is token v
+
+    def rows(self, rows: slice) -> "Draw":
+        """A view of some rows."""
+        cond_logprobs = None if self.cond_logprobs is None else self.cond_logprobs[rows]
+        support = None if self.support is None else self.support[rows]
+        drawn = self.token_ids[rows], self.logprobs[rows], self.entropies[rows]
+        return Draw(*drawn, cond_logprobs, support)

@@ -37,7 +37,10 @@ class DrawLog(NamedTuple):
 
     def rows(self, rows: slice) -> "DrawLog":
         """A view of some images."""
-        return DrawLog(*(None if part is None else part[rows] for part in self))
+        cond_logprobs = None if self.cond_logprobs is None else self.cond_logprobs[rows]
+        support = None if self.support is None else self.support[rows]
+        drawn = self.token_ids[rows], self.logprobs[rows], self.entropies[rows]
+        return DrawLog(*drawn, cond_logprobs, support)
 
 
 class StepInputs(NamedTuple):

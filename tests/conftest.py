@@ -16,9 +16,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from argrpo.engine import page_pool, paged_runner
+from argrpo.engine.rollout_engine import RolloutEngine
+from argrpo.kernels import guided_sampling
 
 TESTS = Path(__file__).parent
 KERNEL_TESTS = TESTS / "kernels"
+ENGINE_TESTS = TESTS / "engine"
 
 # A missing local file must be an error in a test, never a download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -95,6 +101,68 @@ def _empty_holds_nan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         (Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, _filled_with_nan(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _scattered_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page tables are never in order, so that nothing can rely on neighbours."""
+    if request.path.is_relative_to(ENGINE_TESTS):
+        order = np.random.default_rng(0)
+        monkeypatch.setattr(page_pool, "first_order", lambda n: order.permutation(n).tolist())
+
+
+@pytest.fixture
+def replayed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine replays what it traced once, as a CUDA graph would.
+
+    What a step read on the host while it was traced, a position, a scale, an allocation, is then
+    the same in every replay, and the tokens are wrong.
+    """
+
+    def traced(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
+        def traceable() -> Tensor:
+            step()
+            return torch.zeros(())
+
+        return torch.no_grad()(make_fx(traceable)())
+
+    monkeypatch.setattr(paged_runner, "capture_step", traced)
+    monkeypatch.setattr(paged_runner, "_STEPS_PER_GRAPH", (2, 1))  # tracing eight takes seconds
+    # The reference reads k and p on the host, to sort no more than they keep; the kernel does not.
+    monkeypatch.setattr(guided_sampling, "filter_mask", _filter_on_the_device)
+
+
+@pytest.fixture(params=["waves", "pages", "replayed"])
+def build(request: pytest.FixtureRequest) -> Iterator[Callable[..., RolloutEngine]]:
+    """Builds engines of every kind; when the test is over, every page must be back."""
+    if request.param == "replayed":
+        request.getfixturevalue("replayed_steps")
+    engines = []
+
+    def built(*args: object, **options: object) -> RolloutEngine:
+        engines.append(RolloutEngine(*args, paged=request.param != "waves", **options))
+        return engines[-1]
+
+    yield built
+    for engine in engines:
+        engine.check()
+        assert engine.num_held_pages == 0
+
+
+def _filter_on_the_device(
+    logits: Tensor, top_k: Tensor, top_p: Tensor, temperature: Tensor
+) -> Tensor:
+    """What `filter_mask` keeps, without a look at a number."""
+    ordered, order = logits.sort(dim=1, descending=True, stable=True)
+    vocab_size = logits.shape[1]
+    count = torch.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size).long()
+    threshold = ordered.gather(1, (count - 1).expand(len(ordered), 1))
+    kept = (ordered >= threshold) & (ordered > -torch.inf)
+    mass = (ordered.double() / temperature).masked_fill(~kept, -torch.inf).softmax(dim=1)
+    inside = mass.cumsum(dim=1) - mass <= top_p
+    inside[:, 0] = True
+    kept &= inside | (top_p >= 1)
+    return torch.zeros_like(kept).scatter(1, order, kept)
 
 
 def _filled_with_nan(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -85,8 +85,10 @@ class CaptionEmbedding(nn.Module):
 
     def null(self, conditions: Conditions) -> Conditions:
         assert isinstance(conditions, TextFeatures)
-        features = self.uncond_embedding.expand(len(conditions.features), -1, -1)
-        return TextFeatures(features, conditions.mask, conditions.index)
+        # The null differs by its mask alone, so that prompts of one length share one.
+        masks, index = conditions.mask.unique(dim=0, return_inverse=True)
+        features = self.uncond_embedding.expand(len(masks), -1, -1)
+        return TextFeatures(features, masks, index[conditions.rows])
 
 
 class _CaptionProjection(nn.Module):

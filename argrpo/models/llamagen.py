@@ -139,9 +139,10 @@ class LlamaGen(nn.Module):
         makes the rest of it again in the backward pass.
         """
         # Each norm also makes the residual add before it: one launch for both.
-        normed = self.layers[0].attention_norm(x)
-        norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
-        for layer, next_norm in zip(self.layers, norms, strict=True):
+        norms = [layer.get_submodule("attention_norm") for layer in self.layers]
+        first_norm, *next_norms = [*norms, self.norm]
+        normed = first_norm(x)
+        for layer, next_norm in zip(self.layers, next_norms, strict=True):
             if self.checkpoints_layers and torch.is_grad_enabled():
                 # A layer draws no random number whose state would have to be kept.
                 x, normed = checkpoint(

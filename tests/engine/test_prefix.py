@@ -1,5 +1,6 @@
 """A collapsed prefix says of a condition exactly what ordinary attention over it says."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from argrpo.engine.attention import CausalAttend, prefix_allowed
 from argrpo.engine.conditions import Conditions, TextFeatures
-from argrpo.engine.prefix import collapse_prefixes
+from argrpo.engine.prefix import PrefixMemory, PrefixStates, collapse_prefixes
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
-from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+from argrpo.models.llamagen import LlamaGen
 from argrpo.models.loading import load_policy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -87,18 +88,6 @@ def test_a_prefix_does_not_depend_on_what_else_is_drawn(text_policy: LlamaGen) -
     assert torch.equal(single.last_hidden[0], together.last_hidden[1])
 
 
-def test_a_policy_with_a_turned_prefix_is_refused() -> None:
-    class Turned(LlamaGen):
-        @property
-        def rotary(self) -> Tensor:
-            return super().rotary + 1.0
-
-    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16, "vocab_size": 8}
-    policy = Turned(LlamaGenConfig(**sizes, image_size=32, num_classes=2))
-    with pytest.raises(ValueError, match="policy: expected a rotary table of zeros"):
-        RolloutEngine(policy, max_slots=1)
-
-
 def test_shared_prompts_draw_as_repeated_ones(text_policy: LlamaGen) -> None:
     index = [2, 0, 0, 1, 2]
     shared = text(index)
@@ -128,3 +117,37 @@ def test_padding_content_changes_no_image(text_policy: LlamaGen) -> None:
         engine.draw(TextFeatures(dirty, prompts.mask), params, seed=3),
         engine.draw(prompts, params, seed=3),
     )
+
+
+def test_prompts_of_one_length_share_their_unconditional_prefix(text_policy: LlamaGen) -> None:
+    prompts = text([0, 1, 2])
+    lengths = torch.tensor([1, 3, 1])
+    mask = torch.arange(8) >= 8 - lengths[:, None]
+    null = text_policy.null_conditions(TextFeatures(prompts.features, mask, prompts.index))
+    assert isinstance(null, TextFeatures)
+    assert len(null.features) == 2
+    assert torch.equal(null.mask[null.rows], mask)
+
+
+def test_prefixes_are_read_again_only_when_weights_or_conditions_change(
+    text_policy: LlamaGen,
+) -> None:
+    policy, reads = copy.deepcopy(text_policy), []
+
+    def read(_: object, conditions: Conditions) -> PrefixStates:
+        reads.append(conditions)
+        return collapse_prefixes(policy, conditions)
+
+    memory = PrefixMemory(read)
+    first = memory.prefixes(policy, text([0, 1, 0]))
+    again = memory.prefixes(policy, text([1, 0]))
+    assert len(reads) == 1, "the same two prompts, in another order"
+    assert torch.equal(again.value_sums, first.value_sums)
+    assert again.index.tolist() == [1, 0]
+    memory.prefixes(policy, text([2, 0]))
+    assert len(reads) == 2
+    with torch.no_grad():
+        policy.layers[0].attention.wqkv.weight.mul_(2)
+    after = memory.prefixes(policy, text([2, 0]))
+    assert len(reads) == 3
+    assert torch.equal(after.value_sums, collapse_prefixes(policy, text([2, 0])).value_sums)

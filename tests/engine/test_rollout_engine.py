@@ -1,6 +1,7 @@
 """What a draw depends on and what it does not: slots, order, other images, memory, weights."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from argrpo.kernels.guided_sampling import DrawKeys, gumbel_noise
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy
 
+Build = Callable[..., RolloutEngine]
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN = SamplingParams()
 GUIDED = SamplingParams(guidance_scale=3.0, temperature=0.9, top_k=60, top_p=0.95)
@@ -81,22 +83,24 @@ def assert_same_but_for_ties(got: Rollout, expected: Rollout, policy: LlamaGen) 
 
 
 @pytest.mark.parametrize("params", [PLAIN, GUIDED], ids=["plain", "guided"])
-def test_the_order_of_the_images_changes_no_bit(params: SamplingParams, policy: LlamaGen) -> None:
+def test_the_order_of_the_images_changes_no_bit(
+    params: SamplingParams, policy: LlamaGen, build: Build
+) -> None:
     labels, order = random_labels(13), torch.randperm(13)
-    engine = RolloutEngine(policy, max_slots=6)
+    engine = build(policy, max_slots=6)
     rollout = engine.draw(labels, params, seed=11)
     shuffled = engine.draw(labels[order], params, seed=11, image_ids=order)
     assert_same_draw_in_order(shuffled, rollout, order)
 
 
-def test_the_order_of_the_images_changes_no_bit_on_two_threads() -> None:
+def test_the_order_of_the_images_changes_no_bit_on_two_threads(build: Build) -> None:
     """More threads cut library products, and a fused attention, into other blocks."""
     sizes = {"dim": 128, "num_layers": 1, "num_heads": 2, "ffn_dim": 256, "vocab_size": 512}
     policy = LlamaGen(LlamaGenConfig(**sizes, image_size=48, num_classes=10)).requires_grad_(False)
     for parameter in policy.parameters():
         parameter.mul_(4.0)  # from 0.02 to 0.08, which makes attention and logits uneven
     labels, order = random_labels(13), torch.randperm(13)
-    engine = RolloutEngine(policy, max_slots=8)
+    engine = build(policy, max_slots=8)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -109,30 +113,30 @@ def test_the_order_of_the_images_changes_no_bit_on_two_threads() -> None:
 
 @pytest.mark.parametrize("params", [PLAIN, GUIDED], ids=["plain", "guided"])
 def test_the_number_of_slots_changes_tokens_at_ties_alone(
-    params: SamplingParams, policy: LlamaGen
+    params: SamplingParams, policy: LlamaGen, build: Build
 ) -> None:
     labels = random_labels(24)
-    expected = RolloutEngine(policy, max_slots=24).draw(labels, params, seed=5)
+    expected = build(policy, max_slots=24).draw(labels, params, seed=5)
     for max_slots in (3, 9, 64):
-        rollout = RolloutEngine(policy, max_slots=max_slots).draw(labels, params, seed=5)
+        rollout = build(policy, max_slots=max_slots).draw(labels, params, seed=5)
         assert_same_but_for_ties(rollout, expected, policy)
 
 
 def test_a_deterministic_engine_draws_the_same_bits_with_any_number_of_slots(
-    policy: LlamaGen,
+    policy: LlamaGen, build: Build
 ) -> None:
     labels = random_labels(20)
-    expected = RolloutEngine(policy, max_slots=20, deterministic=True).draw(labels, GUIDED, seed=5)
+    expected = build(policy, max_slots=20, deterministic=True).draw(labels, GUIDED, seed=5)
     for max_slots in (1, 7, 64):
-        engine = RolloutEngine(policy, max_slots=max_slots, deterministic=True)
+        engine = build(policy, max_slots=max_slots, deterministic=True)
         assert_same_draw(engine.draw(labels, GUIDED, seed=5), expected)
 
 
-def test_a_thousand_images_refill_64_slots() -> None:
+def test_a_thousand_images_refill_64_slots(build: Build) -> None:
     small = GOLDEN / "llamagen_c2i" / "small_model.pt"
     policy = load_policy(small, image_size=64, num_heads=2).requires_grad_(False)
     labels = random_labels(1000)
-    engine = RolloutEngine(policy, max_slots=64)
+    engine = build(policy, max_slots=64)
     rollout = engine.draw(labels, GUIDED, seed=5)
     assert rollout.token_ids.shape == (1000, 16)
     assert rollout.token_ids.min() >= 0 and rollout.token_ids.max() < 64
@@ -145,19 +149,19 @@ def test_a_thousand_images_refill_64_slots() -> None:
         assert torch.equal(alone.token_ids, rollout.token_ids[one])
 
 
-def test_an_engine_repeats_itself_and_holds_no_state(policy: LlamaGen) -> None:
+def test_an_engine_repeats_itself_and_holds_no_state(policy: LlamaGen, build: Build) -> None:
     labels = random_labels(6)
-    engine = RolloutEngine(policy, max_slots=4)
+    engine = build(policy, max_slots=4)
     first = engine.draw(labels, GUIDED, seed=1)
     other = engine.draw(labels, PLAIN, seed=2)
     torch.manual_seed(123)
     assert_same_draw(engine.draw(labels, GUIDED, seed=1), first)
-    assert_same_draw(RolloutEngine(policy, max_slots=4).draw(labels, PLAIN, seed=2), other)
+    assert_same_draw(build(policy, max_slots=4).draw(labels, PLAIN, seed=2), other)
 
 
-def test_seed_and_image_id_fix_the_randomness(policy: LlamaGen) -> None:
+def test_seed_and_image_id_fix_the_randomness(policy: LlamaGen, build: Build) -> None:
     same_class = torch.full((6,), 4)
-    engine = RolloutEngine(policy, max_slots=6)
+    engine = build(policy, max_slots=6)
     rollout = engine.draw(same_class, PLAIN, seed=1)
     assert len(rollout.token_ids.unique(dim=0)) == 6, "images of a class differ"
     assert not torch.equal(engine.draw(same_class, PLAIN, seed=2).token_ids, rollout.token_ids)
@@ -171,9 +175,9 @@ def test_seed_and_image_id_fix_the_randomness(policy: LlamaGen) -> None:
     assert len(drawn.unique(dim=0)) == 5, "the upper half of the id counts"
 
 
-def test_draw_iter_yields_the_draw_in_parts(policy: LlamaGen) -> None:
+def test_draw_iter_yields_the_draw_in_parts(policy: LlamaGen, build: Build) -> None:
     labels = random_labels(11)
-    engine = RolloutEngine(policy, max_slots=4)
+    engine = build(policy, max_slots=4)
     whole = engine.draw(labels, GUIDED, seed=1, cond_logprobs=True, support=True)
     parts = list(engine.draw_iter(labels, GUIDED, seed=1, cond_logprobs=True, support=True))
     assert [len(part) for part in parts] == [4, 4, 3]
@@ -184,9 +188,9 @@ def test_draw_iter_yields_the_draw_in_parts(policy: LlamaGen) -> None:
     assert {part.params for part in parts} == {GUIDED}
 
 
-def test_parts_of_two_draws_may_be_taken_in_turns(policy: LlamaGen) -> None:
+def test_parts_of_two_draws_may_be_taken_in_turns(policy: LlamaGen, build: Build) -> None:
     labels = random_labels(8)
-    engine = RolloutEngine(policy, max_slots=4)
+    engine = build(policy, max_slots=4)
     guided = engine.draw_iter(labels, GUIDED, seed=1)
     plain = engine.draw_iter(labels, PLAIN, seed=1)
     turns = [next(guided), next(plain), next(guided), next(plain)]
@@ -195,9 +199,9 @@ def test_parts_of_two_draws_may_be_taken_in_turns(policy: LlamaGen) -> None:
         assert torch.equal(torch.cat([first.token_ids, second.token_ids]), expected.token_ids)
 
 
-def test_a_rollout_says_how_it_was_drawn(policy: LlamaGen) -> None:
+def test_a_rollout_says_how_it_was_drawn(policy: LlamaGen, build: Build) -> None:
     labels = random_labels(3)
-    engine = RolloutEngine(policy, max_slots=4)
+    engine = build(policy, max_slots=4)
     rollout = engine.draw(labels, GUIDED, seed=9)
     assert (rollout.params, rollout.seed) == (GUIDED, 9)
     assert torch.equal(rollout.conditions, labels)
@@ -209,11 +213,11 @@ def test_a_rollout_says_how_it_was_drawn(policy: LlamaGen) -> None:
 
 @pytest.mark.parametrize("kind", ["labels", "prompts"])
 def test_no_images_give_an_empty_rollout(
-    kind: str, policy: LlamaGen, text_policy: LlamaGen
+    kind: str, policy: LlamaGen, text_policy: LlamaGen, build: Build
 ) -> None:
     none = torch.empty(0, dtype=torch.int64)
     prompts = TextFeatures(torch.ones(3, 8, 32), torch.ones(3, 8), none)
-    engine = RolloutEngine(policy if kind == "labels" else text_policy, max_slots=4)
+    engine = build(policy if kind == "labels" else text_policy, max_slots=4)
     conditions = none if kind == "labels" else prompts
     rollout = engine.draw(conditions, GUIDED, seed=0)
     assert len(rollout) == 0
@@ -232,25 +236,28 @@ def test_kv_bytes_bound_the_slots_and_change_no_image(policy: LlamaGen) -> None:
         assert_same_but_for_ties(engine.draw(labels, GUIDED, seed=5), expected, policy)
     with pytest.raises(ValueError, match=rf"kv_bytes: expected at least {one} .* got {one - 1}"):
         RolloutEngine(policy, max_slots=12, kv_bytes=one - 1)
-    with pytest.raises(ValueError, match=r"kv_bytes: expected room for 8 images .* which hold 4"):
+    with pytest.raises(ValueError, match=r"kv_bytes: expected room for 8 images .* got room for 4"):
         RolloutEngine(policy, max_slots=12, kv_bytes=5 * one, deterministic=True)
 
 
-def test_the_next_draw_uses_the_new_weights(policy: LlamaGen) -> None:
+def test_the_next_draw_uses_the_new_weights(policy: LlamaGen, build: Build) -> None:
     trained = copy.deepcopy(policy).requires_grad_(True)
     labels = random_labels(6)
-    engine = RolloutEngine(trained, max_slots=4)
+    engine = build(trained, max_slots=4)
     before = engine.draw(labels, GUIDED, seed=1)
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
     trained.logprobs(labels, before.token_ids, PLAIN).mean().neg().backward()
     optimizer.step()
     after = engine.draw(labels, GUIDED, seed=1)
     assert not torch.equal(after.token_ids, before.token_ids)
-    assert_same_draw(after, RolloutEngine(trained, max_slots=4).draw(labels, GUIDED, seed=1))
+    assert_same_draw(after, build(trained, max_slots=4).draw(labels, GUIDED, seed=1))
     assert not after.logprobs.requires_grad
 
 
-def test_the_unconditional_half_is_dropped_after_the_interval(policy: LlamaGen) -> None:
+@pytest.mark.parametrize("paged", [False, True], ids=["waves", "pages"])
+def test_the_unconditional_half_is_dropped_after_the_interval(
+    policy: LlamaGen, paged: bool
+) -> None:
     """Rows that go through the trunk, of an engine of 8 slots."""
     rows: list[int] = []
     first = policy.layers[0]
@@ -258,7 +265,7 @@ def test_the_unconditional_half_is_dropped_after_the_interval(policy: LlamaGen) 
 
     def steps(params: SamplingParams) -> list[int]:
         rows.clear()
-        RolloutEngine(policy, max_slots=8).draw(random_labels(8), params, seed=0)
+        RolloutEngine(policy, max_slots=8, paged=paged).draw(random_labels(8), params, seed=0)
         return rows[-15:]  # token 0 comes from the prefixes, before
 
     try:
