@@ -22,6 +22,10 @@ class Reference:
         self._model.checkpoints_layers = False
         if config.device == "cpu":
             self._model.to("cpu")
+            if self._device.type == "cuda":
+                # Pinned pages go to a GPU at the full rate of the bus.
+                for parameter in self._model.parameters():
+                    parameter.data = parameter.data.pin_memory()
 
     @contextmanager
     def on_device(self) -> Iterator[LlamaGen]:
@@ -30,7 +34,7 @@ class Reference:
         homes = [parameter.data for parameter in parameters]
         try:
             for parameter in parameters:
-                parameter.data = parameter.data.to(self._device)
+                parameter.data = parameter.data.to(self._device, non_blocking=True)
             yield self._model
         finally:
             for parameter, home in zip(parameters, homes, strict=True):
