@@ -10,7 +10,7 @@ are done at which commit: a second call continues where the first stopped, bench
 they have measured, and a changed commit starts again. It ends with one table.
 
 Exit codes: 0 all that ran went well, 1 a part failed or ran over its limit, 2 there is no GPU.
-A new part is one record in `PARTS`.
+What the parts are says gpu_parts.py.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_parts import PARTS, Part
 from result_rows import append_row, commit_described, rows_in
 
 ROOT = Path(__file__).parents[1]
@@ -36,67 +37,6 @@ STATE_NAME = "gpu_suite_state.json"
 LEAST_SECONDS = 20.0
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
 LAST_LINES = 15  # of a failed part's output
-
-
-@dataclass(frozen=True)
-class Part:
-    """One thing to run."""
-
-    name: str
-    command: tuple[str, ...]  # arguments of python; {results} becomes the results folder
-    limit_s: float
-
-
-def _kernels(name: str, limit_s: float, *ops: str) -> Part:
-    output = "{results}/kernels_gpu.jsonl"
-    script = ("bench/bench_kernels.py", "--device", "cuda", "--resume", "--output", output)
-    return Part(f"kernels_{name}", (*script, "--only", *ops), limit_s)
-
-
-def _rollout(name: str, limit_s: float, *options: str) -> Part:
-    output = "{results}/rollout_gpu.jsonl"
-    script = ("bench/bench_rollout.py", "--device", "cuda", "--resume", "--output", output)
-    return Part(f"rollout_{name}", (*script, *options), limit_s)
-
-
-def _sweep(op: str) -> Part:
-    command = ("bench/sweep.py", "--op", op, "--output", "{results}/sweep.jsonl")
-    return Part(f"sweep_{op}", command, 90)
-
-
-# Files that prove nothing on a GPU, or need what a bare machine lacks: budgets are compiled for
-# every target anywhere, the filters' specification is plain PyTorch and tested with hypothesis.
-_NO_GPU_NEEDED = ("test_budgets.py", "test_token_filter.py")
-
-PARTS = (
-    Part(
-        "tests_kernels",
-        (
-            *("-P", "-m", "pytest", "tests/kernels", "-q", "-m", "gpu or not gpu"),
-            *("-p", "no:cacheprovider"),
-            *(f"--ignore=tests/kernels/{name}" for name in _NO_GPU_NEEDED),
-        ),
-        240,
-    ),
-    _kernels("sampling", 120, "guided_sample", "sample_logits"),
-    _kernels("attention", 120, "paged_decode_attention"),
-    _rollout("xl", 150, "--models", "XL", "--images", "128", "64", "8"),
-    _kernels("logprobs", 100, "token_logprobs", "fixed_scale_gradients"),
-    _rollout("b_3b", 150, "--models", "B", "3B", "--images", "128", "8"),
-    _rollout("xl_384", 120, "--models", "XL", "--images", "64", "--image_size", "384"),
-    _kernels("groups", 80, "logprob_gradients", "grouped_logprob_kl"),
-    _kernels("layers", 80, "rmsnorm", "rmsnorm_residual", "swiglu", "guided_hidden",
-             "layernorm", "layernorm_residual", "bias_gelu"),
-    _sweep("paged_attention"),
-    _sweep("rmsnorm"),
-    _sweep("swiglu"),
-    Part(
-        "tests_bench",
-        ("-P", "-m", "pytest", "tests/bench", "tests/engine", "-q", "-m", "gpu",
-         "-p", "no:cacheprovider"),
-        60,
-    ),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

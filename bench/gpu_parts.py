@@ -1,0 +1,80 @@
+"""The parts of gpu_suite.py, in order of value: a new one is one record in `PARTS`.
+
+Proof that the kernels are right comes first, since nothing else counts without it; then the figures
+that decide: sampling, attention, rollouts, the loss head. Limits are twice what a part should take,
+most of it the compilation of kernels; all together they are three calls of nine minutes.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to run."""
+
+    name: str
+    command: tuple[str, ...]  # arguments of python; {results} becomes the results folder
+    limit_s: float
+
+
+def _tests(name: str, limit_s: float, *words: str, marked: str = "gpu or not gpu") -> Part:
+    # -P: the root on sys.path would answer to the name `kernels`.
+    command = ("-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, *words)
+    return Part(f"tests_{name}", command, limit_s)
+
+
+def _kernels(name: str, limit_s: float, *ops: str) -> Part:
+    output = "{results}/kernels_gpu.jsonl"
+    script = ("bench/bench_kernels.py", "--device", "cuda", "--resume", "--output", output)
+    return Part(f"kernels_{name}", (*script, "--only", *ops), limit_s)
+
+
+def _rollout(name: str, limit_s: float, *options: str) -> Part:
+    output = "{results}/rollout_gpu.jsonl"
+    script = ("bench/bench_rollout.py", "--device", "cuda", "--resume", "--output", output)
+    return Part(f"rollout_{name}", (*script, *options), limit_s)
+
+
+def _sweep(op: str) -> Part:
+    command = ("bench/sweep.py", "--op", op, "--output", "{results}/sweep.jsonl")
+    return Part(f"sweep_{op}", command, 90)
+
+
+def _file(op: str) -> str:
+    return f"tests/kernels/test_{op}.py"
+
+
+_SAMPLING = tuple(
+    map(_file, ("counter_random", "sample_logits", "sample_rows", "guided_sampling",
+                "sampling_statistics", "sampling_refusals", "record_draw"))
+)  # fmt: skip
+_ATTENTION = (_file("paged_attention"),)
+_LOSS = tuple(
+    map(_file, ("row_softmax", "token_logprobs", "logprob_gradients", "grouped_logprob_kl", "kl"))
+)
+# Budgets are compiled for every target anywhere, and the filters' specification is plain PyTorch
+# and tested with hypothesis, which a bare machine lacks.
+_NO_GPU_NEEDED = (_file("budgets"), _file("token_filter"))
+_OTHERS = (*_SAMPLING, *_ATTENTION, *_LOSS, *_NO_GPU_NEEDED)
+
+PARTS = (
+    _tests("sampling", 150, *_SAMPLING),
+    _tests("attention", 90, *_ATTENTION),
+    _tests("loss", 150, *_LOSS),
+    _tests("layers", 120, "tests/kernels", *(f"--ignore={path}" for path in _OTHERS)),
+    _kernels("sampling", 120, "guided_sample", "sample_logits"),
+    _kernels("attention", 120, "paged_decode_attention"),
+    _rollout("xl", 150, "--models", "XL", "--images", "128", "64", "8",
+             "--guidance_scale", "2", "1"),
+    _kernels("loss", 100, "token_logprobs", "fixed_scale_gradients"),
+    _rollout("b_3b", 150, "--models", "B", "3B", "--images", "128", "8",
+             "--guidance_scale", "2", "1"),
+    _rollout("xl_384", 120, "--models", "XL", "--images", "64", "--image_size", "384"),
+    _tests("engine", 100, "tests/engine", "tests/bench", marked="gpu"),
+    _kernels("groups", 80, "logprob_gradients", "grouped_logprob_kl"),
+    _kernels("layers", 80, "rmsnorm", "rmsnorm_residual", "swiglu", "guided_hidden",
+             "layernorm", "layernorm_residual", "bias_gelu"),
+    _sweep("paged_attention"),
+    _sweep("rmsnorm"),
+    _sweep("swiglu"),
+)  # fmt: skip
