@@ -173,6 +173,19 @@ def test_an_image_without_features_is_not_scored_and_not_counted(judge: Path, fo
     assert torch.equal(whole.state_dict()["second"], spoiled.state_dict()["second"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["diagonal", "full"])
+def test_scores_on_a_gpu_are_those_on_a_cpu(judge: Path, form: str) -> None:
+    here, there = _reward(judge, form=form), _reward(judge, torch.device("cuda"), form=form)
+    for images in load_split("evaluation").images[:40].split(20):
+        scores = _score(there, images.cuda())
+        assert scores.device == _CPU
+        # fp32 features through other convolutions (TF32 where it is on), fp64 after that
+        torch.testing.assert_close(scores, _score(here, images), rtol=1e-2, atol=1e-3)
+        here.update()
+        there.update()
+
+
 def test_a_step_of_one_image_scores_none_and_moves_nothing(judge: Path) -> None:
     reward = _reward(judge)
     scores = _score(reward, torch.rand(1, 3, 32, 32))
