@@ -17,7 +17,9 @@ off one term of the same shape, log (k - p + t) / (k + t), that agrees to second
 and whose integral 2 pi ((k - p)^1/2 - k^1/2) is known.
 
 Cost: O(C^3) once, N images for O(N C^2) after that. With no more images than features, everything
-happens in the [N - 1, N - 1] Gram matrix of the centred images, in O(N C^2 + N^3).
+happens in the [N - 1, N - 1] Gram matrix of the centred images, in O(N C^2 + N^3). Measured on one
+CPU core, 144 images at C = 2048, against 1.6 s for one eigendecomposition of that size: a batch
+alone 0.04 s, inside carried moments 3.1 s (1/73 of an eigendecomposition an image).
 
 Shapes: N images, C features, R directions in which the images differ. All in fp64.
 
