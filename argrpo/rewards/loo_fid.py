@@ -62,6 +62,8 @@ class LooFidReward:
     ) -> None:
         """Load the network and the reference.
 
+        One argument for each option of the config, so more than is usual here.
+
         Args:
             reference: an npz file of moments, a folder of images, or dataset:digits/SPLIT.
             features_path: weights of the network.
