@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from argrpo.engine import page_pool, paged_runner
-from argrpo.engine.rollout_engine import RolloutEngine
-from argrpo.kernels import guided_sampling
+if TYPE_CHECKING:  # fixtures import argrpo late: whoever imports a kernel fixes its interpreter
+    from argrpo.engine.rollout_engine import RolloutEngine
 
 TESTS = Path(__file__).parent
 KERNEL_TESTS = TESTS / "kernels"
@@ -107,6 +107,8 @@ def _empty_holds_nan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 def _scattered_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Page tables are never in order, so that nothing can rely on neighbours."""
     if request.path.is_relative_to(ENGINE_TESTS):
+        from argrpo.engine import page_pool
+
         order = np.random.default_rng(0)
         monkeypatch.setattr(page_pool, "first_order", lambda n: order.permutation(n).tolist())
 
@@ -118,6 +120,9 @@ def replayed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     What a step read on the host while it was traced, a position, a scale, an allocation, is then
     the same in every replay, and the tokens are wrong.
     """
+
+    from argrpo.engine import paged_runner
+    from argrpo.kernels import guided_sampling
 
     def traced(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
         def traceable() -> Tensor:
@@ -133,8 +138,10 @@ def replayed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["waves", "pages", "replayed"])
-def build(request: pytest.FixtureRequest) -> Iterator[Callable[..., RolloutEngine]]:
+def build(request: pytest.FixtureRequest) -> "Iterator[Callable[..., RolloutEngine]]":
     """Builds engines of every kind; when the test is over, every page must be back."""
+    from argrpo.engine.rollout_engine import RolloutEngine
+
     if request.param == "replayed":
         request.getfixturevalue("replayed_steps")
     engines = []
