@@ -58,6 +58,8 @@ def run(case: Case, policy: LlamaGen, ceilings: Ceilings, args: argparse.Namespa
     for contender in drawing:
         contender.prepare()
     steps = measure_steps([Floor(case, policy), *drawing], args.positions, clock, args.samples)
+    for contender in drawing:
+        contender.finish()
     rows = with_limits(case, ceilings, rows_of(case, steps, whole, peaks))
     if args.deterministic_images:
         wider = replace(case, images=args.deterministic_images)
@@ -90,7 +92,9 @@ def peak_bytes(contender: Contender, case: Case) -> int:
     memory = PeakMemory(case.device)
     contender.prepare()
     contender.step(case.num_tokens - 1)
-    return memory.taken()
+    taken = memory.taken()
+    contender.finish()
+    return taken
 
 
 def measure_steps(

@@ -39,6 +39,9 @@ class WaveSteps:
         """Draw token `position`, 1 to T - 1, over the entries before it."""
         return self._runner.step(self._wave, self._token_ids, position)
 
+    def finish(self) -> None:
+        """Nothing to give back: the next wave starts where this one lies."""
+
 
 class PagedSteps:
     """Steps of the paged path: one replay and the two small launches that set its position."""
@@ -59,7 +62,8 @@ class PagedSteps:
         state.cache.upload()
         state.cache._keys.normal_()
         state.cache._values.normal_()
-        self._runner, self._variant = runner, draw.variant(draw.num_branches)
+        self._runner, self._state = runner, state
+        self._variant = draw.variant(draw.num_branches)
         self._inputs = state.inputs(draw.num_branches).rows(slots)
 
     def step(self, position: int) -> object:
@@ -68,6 +72,11 @@ class PagedSteps:
         self._inputs.entries.fill_(position - 1)
         self._runner._replay(self._variant, 1)
         return None
+
+    def finish(self) -> None:
+        """Give the slots back, so that the engine can draw."""
+        self._state.idle()
+        self._state.cache.release_all()
 
 
 def steps_of(

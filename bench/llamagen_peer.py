@@ -79,6 +79,9 @@ class LlamaGenPeer:
             self._model, self._tokens, at, 1, self._case.guidance_scale, -1, **self._settings
         )
 
+    def finish(self) -> None:
+        """Its caches stay; its own `rollout` makes new ones."""
+
     def rollout(self) -> object:
         case = self._case
         return self._sampler.generate(

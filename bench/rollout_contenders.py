@@ -122,6 +122,10 @@ class Contender(Protocol):
 
     def step(self, position: int) -> object: ...
 
+    def finish(self) -> None:
+        """No more steps until the next `prepare`."""
+        ...
+
     def rollout(self) -> object:
         """Draw all tokens of all images."""
         ...
@@ -141,6 +145,9 @@ class OurEngine:
 
     def step(self, position: int) -> object:
         return self._steps.step(position)
+
+    def finish(self) -> None:
+        self._steps.finish()
 
     def rollout(self) -> object:
         return self.engine.draw(self._case.labels, self._case.params, seed=0)

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -183,6 +184,20 @@ def test_every_model_size_and_scale_is_a_case_and_is_measured_once(
     scripts.bench.main([*asked, "--images", "2", "4"])
     assert [(row["images"], row["guidance_scale"]) for row in rows_in(output)[4:]] == [(4, 2.0)] * 2
     assert built == ["tiny", "tiny"]  # once a run, however many cases
+
+
+@pytest.mark.parametrize("guidance_scale", ["1", "2"])
+def test_an_engine_with_pages_is_measured_by_steps_and_by_whole_draws(
+    scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance_scale: str
+) -> None:
+    paged = partial(scripts.contenders.RolloutEngine, paged=True)
+    monkeypatch.setattr(scripts.contenders, "RolloutEngine", paged)
+    output = tmp_path / "rollout.jsonl"
+    more = ["--deterministic_images", "0", "--rollouts", "2", "--guidance_scale", guidance_scale]
+    scripts.bench.main(command(output, *more))
+    _floor, ours = rows_in(output)
+    assert ours["rollout"]["samples"] == 2
+    assert [step["position"] for step in ours["steps"]] == [1, 15]
 
 
 def test_steps_are_measured_against_what_they_must_move(scripts: Scripts) -> None:
