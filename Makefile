@@ -11,6 +11,8 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 # Tried in this order; name your own with `make test PYTHON=/path/to/python3.12`.
 PYTHON  := python3.14 python3.13 python3.12 python3.11 python3
+# Of one `make gpu`; the next call continues where it stopped.
+MINUTES := 9
 # What stays in the environment, and what pip downloads before it unpacks.
 DISK_GB := 7
 TEMP_GB := 3
@@ -65,10 +67,9 @@ bench: $(STAMP)
 # Machines with a GPU often bring their own torch: the environment is used where it stands, else
 # the python on PATH, into which argrpo was installed by `pip install --no-deps -e .`.
 gpu:
-	@test -e bench/gpu_suite.py || { echo "make gpu: bench/gpu_suite.py is still to come (README, last section)"; exit 2; }
-	python=python3
+	@python=python3
 	if [ -e $(STAMP) ]; then python=$(BIN)/python; fi
-	"$$python" bench/gpu_suite.py --minutes 9
+	"$$python" bench/gpu_suite.py --minutes $(MINUTES)
 
 size:
 	@git ls-files '*.py' | xargs wc -l | sort -n |
