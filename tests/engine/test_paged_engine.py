@@ -386,3 +386,10 @@ def test_a_gpu_replays_graphs_that_draw_what_plain_pytorch_draws(
         if not params.is_filtered:
             assert (again - one.logprobs).abs().max() < 1e-3
     graphs.check()
+    parts = graphs.draw_iter(labels(29), params, seed=7)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert sum(len(part) for part in parts) == 29
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -10,6 +10,8 @@ from importlib import import_module
 import pytest
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import argrpo.kernels
 from argrpo.engine.conditions import TextFeatures
@@ -99,6 +101,37 @@ def test_text_prompts_of_mixed_lengths_are_collapsed_alike(
     got = drawn(policy, conditions, PARAMS["interval"])
     use_references(monkeypatch)
     assert_same_draw(got, drawn(policy, conditions, PARAMS["interval"]))
+
+
+class _NoHostReads(TorchDispatchMode):
+    """Refuses what would make the host wait for a value of the device."""
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        name = str(func.overloadpacket).removeprefix("aten.")
+        assert name not in _HOST_READS, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+_HOST_READS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal"}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_once_it_is_asked_for_a_draw_never_waits_for_the_device(name: str) -> None:
+    """Images that refill their slots included: what the host does is known beforehand."""
+    policy = model(torch.float32)
+    engine = RolloutEngine(policy, max_slots=4, page_size=16, paged=True)
+    labels = LABELS.repeat(2)
+    parts = engine.draw_iter(labels, PARAMS[name], seed=5, support=True)
+    with _NoHostReads():
+        assert sum(len(part) for part in parts) == 8
+    with pytest.raises(AssertionError, match="_local_scalar_dense waits"), _NoHostReads():
+        torch.ones(1).item()
 
 
 @pytest.mark.gpu  # the interpreter cuts bf16 where a GPU rounds, and the bias adds up
