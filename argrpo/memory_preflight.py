@@ -50,8 +50,8 @@ class MemoryForecast:
 
     weights: int  # policy, reference, average
     optimizer: int  # masters and moments
-    gradients: int  # all main gradients
-    gradients_before: int  # those that stand before a micro-batch's backward pass
+    gradients: int  # all of them, when a backward pass ends
+    gradients_before: int  # those that stand when it begins
     rollout: int
     trunk: Line  # the peak of a forward and backward pass of the trunk
     kept: Line  # by its forward pass, while the head works
@@ -112,16 +112,16 @@ def forecast_memory(
     is_fp32 = policy.head_weight.dtype == torch.float32
     is_single = micro_batch == images
     tokens = _zero_tokens(policy, config, conditions)
-    # From the second micro-batch on, gradients stand before the pass that adds to them.
-    reuse = is_fp32 and not is_single
-    trunk = [_trunk_use(policy, tokens, m, reuse) for m in (1, 2)]
-    gradients = _FP32 * count
+    trunk = [_trunk_use(policy, tokens, m) for m in (1, 2)]
+    main_gradients = _FP32 * count
+    # Those of a bf16 pass stand beside the main gradients of the passes before.
+    beside = 0 if is_fp32 or is_single else own
     head_gradient = _FP32 * policy.head_weight.numel()
     return MemoryForecast(
         weights=own * (1 + _has_reference_beside(config)) + _average_bytes(policy, config),
         optimizer=(2 * _FP32 + (0 if is_fp32 else _FP32)) * count,
-        gradients=gradients,
-        gradients_before=head_gradient if is_single else gradients,
+        gradients=main_gradients + beside,
+        gradients_before=head_gradient if is_single else main_gradients,
         rollout=_rollout_bytes(policy, config),
         trunk=Line.through(*(use.peak for use in trunk)),
         kept=Line.through(*(_forward_use(policy, tokens, m).kept for m in (1, 2))),
@@ -153,11 +153,11 @@ def _forward_use(policy: LlamaGen, tokens: TokensToScore, num_images: int) -> Me
     return memory_use(lambda: head_inputs(policy, rows), tokens.token_ids.device)
 
 
-def _trunk_use(policy: LlamaGen, tokens: TokensToScore, num_images: int, reuse: bool) -> MemoryUse:
+def _trunk_use(policy: LlamaGen, tokens: TokensToScore, num_images: int) -> MemoryUse:
+    """Without the gradients of the weights, which come to be as activations go."""
     rows = tokens.rows(torch.arange(num_images, device=tokens.token_ids.device))
-    if reuse:
-        for parameter in policy.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
     def run() -> None:
         hidden = head_inputs(policy, rows).hidden

@@ -23,6 +23,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "no reference": {"micro_batch": 16, "objective": ObjectiveConfig(beta=0.0)},
     "checkpointed": {"micro_batch": 16, "gradient_checkpointing": True},
     "guided": {"micro_batch": 8, "objective": ObjectiveConfig(policy="guided"), "rollout": GUIDED},
+    "more gradients than activations": {"micro_batch": 1, "minibatches": 16},
     "two passes": {"micro_batch": 16, "inner_epochs": 2},
     "bf16": {"micro_batch": 8, "policy": PolicyConfig(path="unused", dtype="bfloat16")},
 }
@@ -63,7 +64,7 @@ def allocated_peak(run: Any) -> int:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_forecast_is_within_15_percent_of_the_truth(name: str) -> None:
+def test_the_forecast_is_within_5_percent_of_the_truth(name: str) -> None:
     policy, config = make_run(**RUNS[name])
     labels = torch.arange(2).repeat_interleave(8)
     forecast = forecast_memory(policy, config, labels)
@@ -83,7 +84,8 @@ def test_the_forecast_is_within_15_percent_of_the_truth(name: str) -> None:
     standing += num_policies * sum(parameter.nbytes for parameter in policy.parameters())
     standing += sum(tensor.nbytes for tensor in learner._optimizer.state_dict().values())
     truth = standing + allocated_peak(lambda: learner.learn(experience, 1))
-    assert forecast.peak(config.micro_batch) == pytest.approx(truth, rel=0.15)
+    # What an operation holds only while it runs is not foreseen.
+    assert forecast.peak(config.micro_batch) == pytest.approx(truth, rel=0.05)
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:

@@ -258,6 +258,7 @@ def test_text_conditional_policies_train(models: Path, tmp_path: Path) -> None:
     trainer, recorder = _run(config, tmp_path / "run")
     assert recorder.rows[1]["kl"] > 0
     assert trainer.policy.config.model_type == "t2i"
+    assert "micro-batches of 12" in trainer.describe_memory()[0]
 
 
 def test_a_bf16_working_copy_trains_on_fp32_masters(models: Path, tmp_path: Path) -> None:
