@@ -112,8 +112,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=int, nargs="+", help="guided images in a step of attention")
     add("--lengths", type=int, nargs="+", help="keys that a new token sees")
     add("--tokens", type=int, nargs="+", help="image tokens scored, multiples of 256")
-    add("--cache", nargs="+", choices=["cold", "hot"], default=["cold", "hot"])
-    add("--samples", type=int, help="timed passes: 20 on a GPU, 5 on a CPU")
+    add("--cache", nargs="+", choices=["cold", "hot"], help="both on a GPU, hot on a CPU")
+    add("--samples", type=int, help="timed passes: 20 on a GPU, 3 on a CPU")
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="on a CPU")
     add("--output", type=Path, help="rows are appended here")
     add("--resume", action="store_true", help="leave out cases with rows of this commit in output")
@@ -122,7 +122,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = args.device.type == "cuda"
     args.dtype = DTYPES[args.dtype or ("bfloat16" if gpu else "float32")]
-    args.samples = args.samples or (20 if gpu else 5)
+    args.samples = args.samples or (20 if gpu else 3)
+    args.cache = args.cache or (["cold", "hot"] if gpu else ["hot"])
     args.output = args.output or RESULTS / f"kernels_{'gpu' if gpu else 'cpu'}.jsonl"
     chosen = {
         name: tuple(getattr(args, name))

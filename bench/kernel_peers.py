@@ -43,7 +43,7 @@ def liger_layer(op: str, eps: float) -> Callable[..., Any]:
         )
     if op == "swiglu":
         gate = function("LigerFusedGateUpSiLUMulFunction")
-        return lambda gate_up: gate.apply(gate_up)
+        return lambda gate_up: gate.apply(gate_up[0])[None]  # its gradient has two dimensions
     if op == "layernorm":
         layer_norm = function("LigerLayerNormFunction")
         return lambda x, weight, bias: layer_norm.apply(x, weight, bias, eps)

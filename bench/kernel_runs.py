@@ -92,7 +92,7 @@ def measure_case(case: Case, method: Method) -> list[Row]:
             timings = measure_in_turns(
                 {name: one.run for name, one in passes.items()},
                 method.clock,
-                warmup=2,
+                warmup=2 if method.device.type == "cuda" else 1,
                 samples=method.samples,
             )
             rows += rows_of(case, cache, entrants, passes, timings, method.ceilings)

@@ -114,6 +114,33 @@ def test_the_wall_clock_runs_forward(timing: ModuleType) -> None:
     assert 0 <= clock.seconds(lambda: sum(range(10_000))) < 10
 
 
+def test_a_call_that_waits_for_the_device_is_found_before_it_is_captured(
+    timing: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waiting() -> None:
+        assert modes[-1] == "error"
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    def broken() -> None:
+        raise RuntimeError("out of memory")
+
+    assert not timing.synchronises(lambda: None)
+    assert timing.synchronises(waiting)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        timing.synchronises(broken)
+    assert modes == ["error", "default"] * 3
+
+
+@pytest.mark.gpu
+def test_reading_a_number_is_a_wait_and_adding_is_none(timing: ModuleType) -> None:
+    values = torch.ones(8, device="cuda")
+    assert timing.synchronises(lambda: values.sum().item())
+    assert not timing.synchronises(lambda: values.add_(1))
+
+
 @pytest.mark.gpu
 def test_a_graph_of_copies_takes_what_its_bytes_take(timing: ModuleType) -> None:
     source = torch.randn(1 << 28, device="cuda")
