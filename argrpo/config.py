@@ -1,6 +1,7 @@
 """The one tree of settings of a run. Frozen; refused at birth if a value is out of range.
 
-`argrpo train --config FILE.yaml` fills it; presets stand in argrpo/configs/.
+`argrpo train --config FILE.yaml` fills it; presets stand in argrpo/configs/. Over 300 lines because
+a setting is looked for here.
 """
 
 import math

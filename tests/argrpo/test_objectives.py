@@ -1,4 +1,7 @@
-"""The loss algebra: golden numbers of AR-GRPO's trainer, micro-batches, masks, refusals."""
+"""The loss algebra: golden numbers of AR-GRPO's trainer, micro-batches, masks, refusals.
+
+Over 300 lines because every test is about one formula and its terms.
+"""
 
 import itertools
 import json

@@ -1,0 +1,139 @@
+"""Quirks of released codes: each moves what it should, and nothing where it is off."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from argrpo.advantages import Advantages, group_advantages
+from argrpo.config import (
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from argrpo.engine.conditions import TextFeatures
+from argrpo.engine.rollout import Rollout
+from argrpo.engine.rollout_engine import RolloutEngine
+from argrpo.engine.sampling_params import SamplingParams
+from argrpo.learner import Learner
+from argrpo.learner_config import ParityConfig
+from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+from argrpo.objective_config import ObjectiveConfig
+from argrpo.schedules import LearningRateConfig
+
+PROMPTS, GROUP = 3, 4
+IMAGES = PROMPTS * GROUP
+
+
+def make_policy(**sizes: Any) -> LlamaGen:
+    torch.manual_seed(4)
+    defaults = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "vocab_size": 24}
+    policy = LlamaGen(
+        LlamaGenConfig(**{**defaults, "image_size": 48, "num_classes": 10, **sizes})  # type: ignore[arg-type]
+    )
+    with torch.no_grad():  # far enough from uniform for conditions to matter
+        policy.output.weight.mul_(20)
+    return policy
+
+
+def make_config(**settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "policy": PolicyConfig(path="unused"),
+        "prompts_per_step": PROMPTS,
+        "images_per_prompt": GROUP,
+        "micro_batch": 5,
+        "optimizer": OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-3)),
+    }
+    return TrainConfig(
+        output_dir="unused",
+        tokenizer=TokenizerConfig(path="unused"),
+        rewards=[RewardConfig(name="clip")],
+        **{**defaults, **settings},
+    )
+
+
+def draw(policy: LlamaGen) -> Rollout:
+    labels = torch.arange(PROMPTS).repeat_interleave(GROUP)
+    return RolloutEngine(policy, max_slots=IMAGES).draw(labels, SamplingParams(), seed=0)
+
+
+def some_advantages() -> Advantages:
+    generator = torch.Generator().manual_seed(0)
+    return group_advantages(torch.randn(PROMPTS, GROUP, generator=generator))
+
+
+def step(policy: LlamaGen, config: TrainConfig, rollout: Rollout) -> dict[str, float]:
+    learner = Learner(policy, config)
+    return learner.learn(learner.prepare(rollout, some_advantages()), 0)
+
+
+def weights(policy: LlamaGen) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+
+
+def test_the_released_sum_over_a_group_is_its_size_times_the_mean() -> None:
+    rollout = draw(make_policy())
+    mean = step(make_policy(), make_config(), rollout)
+    total = step(make_policy(), make_config(parity=ParityConfig(sum_over_group=True)), rollout)
+    assert total["loss"] == pytest.approx(GROUP * mean["loss"], rel=1e-5, abs=1e-9)
+    assert total["grad_norm"] == pytest.approx(GROUP * mean["grad_norm"], rel=1e-5)
+
+
+def test_the_released_clip_moves_the_second_pass_only() -> None:
+    rollout = draw(make_policy())
+    moved = {}
+    for epochs in (1, 4):
+        for is_reversed in (False, True):
+            policy = make_policy()
+            config = make_config(
+                inner_epochs=epochs,
+                parity=ParityConfig(reversed_clip=is_reversed),
+                objective=ObjectiveConfig(epsilon=0.01),
+            )
+            step(policy, config, rollout)
+            moved[epochs, is_reversed] = weights(policy)
+    assert torch.equal(moved[1, False], moved[1, True])
+    assert not torch.equal(moved[4, False], moved[4, True])
+
+
+def test_released_label_dropout_makes_ratios_of_two_conditions() -> None:
+    rollout = draw(make_policy())
+    config = make_config(inner_epochs=2, parity=ParityConfig(label_dropout=0.5))
+    learner = Learner(make_policy(), config)
+    old = learner.prepare(rollout, some_advantages()).old_logprobs
+    assert old is not None
+    is_null = (old - rollout.logprobs).abs().amax(dim=1) > 1e-3
+    assert 0 < is_null.sum() < IMAGES
+    again = Learner(make_policy(), config).prepare(rollout, some_advantages()).old_logprobs
+    assert again is not None
+    assert torch.equal(old, again), "the run's seed decides"
+
+
+def test_texts_have_no_label_to_drop() -> None:
+    policy = make_policy(model_type="t2i", caption_dim=8, prefix_len=3)
+    texts = TextFeatures(torch.randn(IMAGES, 3, 8), torch.ones(IMAGES, 3, dtype=torch.int64))
+    rollout = RolloutEngine(policy, max_slots=IMAGES).draw(texts, SamplingParams(), seed=0)
+    config = make_config(parity=ParityConfig(label_dropout=0.1))
+    with pytest.raises(ValueError, match=r"parity.label_dropout: expected 0 for a text"):
+        step(policy, config, rollout)
+
+
+def test_released_bf16_weights_lose_small_updates() -> None:
+    moved = {}
+    for is_bf16 in (False, True):
+        policy = make_policy().bfloat16()
+        before = weights(policy)
+        config = make_config(
+            policy=PolicyConfig(path="unused", dtype="bfloat16"),
+            parity=ParityConfig(bf16_masters=is_bf16),
+            optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=2e-5)),
+        )
+        learner = Learner(policy, config)
+        rollout = draw(policy)
+        for _ in range(5):  # 1e-4 together: over half a unit of a weight of 0.02, where one is not
+            learner.learn(learner.prepare(rollout, some_advantages()), 0)
+        moved[is_bf16] = (weights(policy) != before).float().mean().item()
+    assert moved[True] < 0.8 * moved[False]
