@@ -31,7 +31,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _rows(cache_dir: Path, folder: Path, *words: str) -> list[dict[str, float]]:
+def _trained(cache_dir: Path, folder: Path, *words: str) -> Trainer:
     small = ["--prompts_per_step", "2", "--images_per_prompt", "4", "--num_steps", "3"]
     places = ["--output_dir", str(folder), "--cache_dir", str(cache_dir)]
     config = parse_config(
@@ -40,7 +40,13 @@ def _rows(cache_dir: Path, folder: Path, *words: str) -> list[dict[str, float]]:
         command="argrpo train",
         lists={},
     )
-    Trainer(config).train()
+    trainer = Trainer(config)
+    trainer.train()
+    return trainer
+
+
+def _rows(cache_dir: Path, folder: Path, *words: str) -> list[dict[str, float]]:
+    _trained(cache_dir, folder, *words)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -69,6 +75,13 @@ def test_every_step_says_the_entropy_and_what_it_was_paid(rows: list[dict]) -> N
         share = before["entropy/policy"] / math.log(256)
         wanted = 2.2e-3 * math.exp(3.0 * (0.52 - share))
         assert row["entropy/coef"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_moments_move_once_a_step_however_many_updates_follow(
+    cache_dir: Path, tmp_path: Path
+) -> None:
+    trainer = _trained(cache_dir, tmp_path / "run", "--inner_epochs", "2", "--minibatches", "2")
+    assert trainer._judges.state_dict()["loo_fid/weight"] == 1 - 0.5**3
 
 
 def test_the_full_form_and_the_plain_control_train_too(cache_dir: Path, tmp_path: Path) -> None:
