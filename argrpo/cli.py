@@ -115,7 +115,8 @@ def _train(arguments: list[str]) -> Callable[[], None]:
     trainer = Trainer(config, make_trackers(config, progress=True))
 
     def run() -> None:
-        for line in [*describe(config), *trainer.describe_memory()]:
+        engine = trainer.engine.describe()
+        for line in [*describe(config), engine, *trainer.describe_memory()]:
             print(line)
         result = trainer.train()
         print(f"tuned policy: {result.policy_path}")

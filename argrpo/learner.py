@@ -240,11 +240,14 @@ class Learner:
 
 def _draw_mismatch(rollout: Rollout, update: _Update) -> dict[str, float]:
     """How far the log-probs that were trained on lie from those of the draw."""
-    difference = (update.logprobs - rollout.logprobs[update.rows]).abs()
-    mean, largest = torch.stack([difference.mean(), difference.max()]).tolist()
+    difference = (update.logprobs - rollout.logprobs[update.rows]).abs().flatten().sort().values
+    last = len(difference) - 1
+    chosen = difference[[last // 2, last * 99 // 100, last]]
+    values = torch.cat([difference.mean()[None], chosen]).tolist()
+    names = ("mean", "p50", "p99", "max")
     return {
-        "sampling/sampling_logp_difference/mean": mean,
-        "sampling/sampling_logp_difference/max": largest,
+        f"sampling/sampling_logp_difference/{name}": value
+        for name, value in zip(names, values, strict=True)
     }
 
 

@@ -11,6 +11,7 @@ roofline), but it draws from another policy than the one that is trained: every 
 truncated importance weight, and no measurement yet says what that costs. So there is none.
 """
 
+import logging
 from collections.abc import Generator, Iterator
 from typing import Protocol
 
@@ -28,6 +29,8 @@ from argrpo.engine.sampling_params import SamplingParams
 from argrpo.engine.wave_runner import WaveRunner
 from argrpo.engine.weights import WeightsSeal, weights_version
 from argrpo.kernels.kv_pages import PAGE_SIZES
+
+_LOG = logging.getLogger(__name__)
 
 # Slots with deterministic=True: library products of one shape round one way, so a fixed number of
 # rows gives the same bits whatever max_slots is.
@@ -108,6 +111,8 @@ class RolloutEngine:
                 f"kv_bytes: expected room for {slots} images with deterministic=True, got room "
                 f"for {self.num_slots}"
             )
+        if self.num_slots < slots:
+            _LOG.warning("max_slots: %d do not fit; %s", slots, self.describe())
 
     @property
     def num_slots(self) -> int:

@@ -343,6 +343,18 @@ def test_prompts_of_mixed_lengths_in_cohorts_score_as_they_were_drawn() -> None:
     torch.testing.assert_close(again, rollout.logprobs, **TOLERANCE)
 
 
+def test_an_engine_says_when_the_slots_asked_for_do_not_fit(
+    policy: LlamaGen, caplog: pytest.LogCaptureFixture
+) -> None:
+    paged(policy, 8)
+    assert not caplog.messages
+    paged(policy, 9, pages=16)
+    assert caplog.messages == [
+        "max_slots: 9 do not fit; KV cache: 2 slots in lockstep; 16 pages of 16 positions, "
+        f"{16 * PAGE_BYTES / 1e9:.3g} GB at the most"
+    ]
+
+
 def test_what_an_engine_of_pages_cannot_hold_is_refused(policy: LlamaGen) -> None:
     with pytest.raises(ValueError, match=rf"kv_bytes: expected at least {8 * PAGE_BYTES} for one"):
         paged(policy, 4, pages=7)
