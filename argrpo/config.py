@@ -219,6 +219,13 @@ class TrainConfig:
     max_slots: int | None = None
     """Images drawn at a time; None draws all images of a step together."""
 
+    kv_bytes: int | None = None
+    """Bound on the bytes of keys and values; None takes what the slots need and, on a GPU, no more
+    than an optimizer step leaves."""
+
+    deterministic: bool = False
+    """Draw the same tokens whatever max_slots is, 8 images at a time."""
+
     seed: int = 0
     """Of prompts and draws."""
 
@@ -276,6 +283,8 @@ class TrainConfig:
             )
         if self.max_slots is not None:
             _at_least("max_slots", self.max_slots, 1)
+        if self.kv_bytes is not None:
+            _at_least("kv_bytes", self.kv_bytes, 1)
         if not self.rewards:
             raise ValueError("rewards: expected at least one judge, got none")
         if self.rollout.temperature == 0:

@@ -12,6 +12,7 @@ Source: Shao et al., arXiv:2402.03300 (GRPO); the recipe of AR-GRPO, arXiv:2508.
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.entropy_control import make_entropy_control
 from argrpo.image_files import save_grid
 from argrpo.learner import Learner
-from argrpo.memory_preflight import available_bytes, forecast_memory
+from argrpo.memory_preflight import MemoryForecast, available_bytes, forecast_memory
 from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
 from argrpo.models.pairing import check_pair
@@ -37,6 +38,8 @@ from argrpo.step_clock import StepClock
 from argrpo.trackers import Tracker, make_trackers
 
 _LOG = logging.getLogger(__name__)
+# Of what an optimizer step leaves free: for graphs, decoding, judges at work.
+_SPARE_SHARE = 0.8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -95,9 +98,8 @@ class Trainer:
         self._prompts = load_prompts(config.data)
         self.policy.check_conditions(self._prompts.conditions(self._prompts.prompts, repeats=1))
         self._judges = Judges(config, self._device)
-        slots = min(config.max_slots or config.images_per_step, config.images_per_step)
-        self.engine = RolloutEngine(self.policy, max_slots=slots)
         self._learner = Learner(self.policy, config)
+        self.engine = self._make_engine()
         self._entropy = make_entropy_control(
             config.entropy,
             constant=config.objective.entropy_coef,
@@ -110,12 +112,30 @@ class Trainer:
 
         Rehearses small passes; leaves no trace in the weights or the random state.
         """
+        return self._forecast.describe(self.config, self._bytes_for_a_step())
+
+    @cached_property
+    def _forecast(self) -> MemoryForecast:
         conditions = self._prompts.conditions(self._prompts.prompts[:1], repeats=2)
-        conditions = moved_to(conditions, self._device)
-        forecast = forecast_memory(self.policy, self.config, conditions)
-        # Judges and tokenizer stand already and are not part of what is left.
-        available = available_bytes(self._device) + forecast.weights
-        return forecast.describe(self.config, available)
+        return forecast_memory(self.policy, self.config, moved_to(conditions, self._device))
+
+    def _bytes_for_a_step(self) -> int:
+        # Judges, tokenizer and weights stand already; the weights are part of the forecast.
+        return available_bytes(self._device) + self._forecast.weights
+
+    def _make_engine(self) -> RolloutEngine:
+        config = self.config
+        slots = min(config.max_slots or config.images_per_step, config.images_per_step)
+        kv_bytes = config.kv_bytes
+        if kv_bytes is None and self._device.type == "cuda":
+            # The cache stays while the optimizer steps.
+            images = config.images_per_step // config.minibatches
+            step = self._forecast.peak(min(config.micro_batch, images))
+            spare = int(_SPARE_SHARE * (self._bytes_for_a_step() - step))
+            kv_bytes = spare if spare > 0 else None
+        return RolloutEngine(
+            self.policy, max_slots=slots, kv_bytes=kv_bytes, deterministic=config.deterministic
+        )
 
     def train(self) -> TrainResult:
         """Run all steps.

@@ -354,3 +354,11 @@ def test_seeds_of_steps_differ_and_do_not_depend_on_the_machine() -> None:
 def test_a_gpu_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="device: expected a CUDA GPU, got none"):
         choose_device("cuda")
+
+
+def test_a_bound_on_the_cache_reaches_the_engine(models: Path, tmp_path: Path) -> None:
+    config = replace(_config(models), kv_bytes=1)
+    with pytest.raises(ValueError, match="kv_bytes: expected at least .* for one guided image"):
+        Trainer(replace(config, output_dir=str(tmp_path / "none")), [])
+    roomy = Trainer(replace(config, output_dir=str(tmp_path / "some"), kv_bytes=10**9), [])
+    assert roomy.engine.num_slots == config.images_per_step
