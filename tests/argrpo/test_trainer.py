@@ -358,7 +358,7 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
 
 def test_a_bound_on_the_cache_reaches_the_engine(models: Path, tmp_path: Path) -> None:
     config = replace(_config(models), kv_bytes=1)
-    with pytest.raises(ValueError, match="kv_bytes: expected at least .* for one guided image"):
+    with pytest.raises(ValueError, match=r"kv_bytes: expected at least .* for one guided image"):
         Trainer(replace(config, output_dir=str(tmp_path / "none")), [])
     roomy = Trainer(replace(config, output_dir=str(tmp_path / "some"), kv_bytes=10**9), [])
     assert roomy.engine.num_slots == config.images_per_step
