@@ -83,9 +83,11 @@ def cases(place: Place, grid: Grid) -> Iterator[Case]:
 
 
 def _layer_cases(place: Place, grid: Grid, layer: Layer, width: int, model: str) -> Iterator[Case]:
-    decode_rows = [] if layer is GUIDED_HIDDEN else [2 * max(grid.images)]
-    for rows in (*decode_rows, max(grid.tokens)):
-        backward = rows == max(grid.tokens)
+    # A training pass over the most tokens; a decode step of the most images, both branches.
+    passes = [(max(grid.tokens), True)] if grid.tokens else []
+    if grid.images and layer is not GUIDED_HIDDEN:
+        passes.insert(0, (2 * max(grid.images), False))
+    for rows, backward in passes:
         values = sum(layer.moved) if backward else layer.moved[0]
         run = _both if backward else _forward
         yield Case(

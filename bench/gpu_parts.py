@@ -75,6 +75,10 @@ PARTS = (
     _kernels("layers", 80, "rmsnorm", "rmsnorm_residual", "swiglu", "guided_hidden",
              "layernorm", "layernorm_residual", "bias_gelu"),
     _sweep("paged_attention"),
+    _sweep("sample_head"),
+    _sweep("fused_rows"),
+    _sweep("head_chunks"),
+    _sweep("row_softmax"),
     _sweep("rmsnorm"),
     _sweep("swiglu"),
 )  # fmt: skip

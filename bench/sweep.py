@@ -16,10 +16,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from bench_kernels import cases_of
+from kernel_cases import Case as KernelCase
+from kernel_cases import Grid, Place
 from result_rows import append_row, environment
 from timing import (
     Call,
@@ -35,8 +39,9 @@ from timing import (
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from argrpo.kernels import paged_decode
+from argrpo.kernels import guided_sampling, head_chunks, paged_decode, row_softmax
 from argrpo.kernels import rmsnorm as rmsnorm_file
+from argrpo.kernels import sample_head as sample_head_file
 from argrpo.kernels import swiglu as swiglu_file
 from argrpo.kernels.kv_pages import KeyValuePages, PrefixAggregate
 from argrpo.kernels.paged_attention import paged_decode_attention
@@ -46,6 +51,8 @@ from argrpo.kernels.swiglu import swiglu
 RESULTS = Path(__file__).parent / "results" / "sweep.jsonl"
 WINNING_MARGIN = 0.03
 BF16 = torch.bfloat16
+_LOGPROBS_OF_DRAW = 1  # which output of a bench case is compared
+_WEIGHT_GRADIENT = 3
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,37 @@ def sweeps() -> list[Sweep]:
             swiglu_file,
             {"_BLOCK": (512, 1024, 2048, 4096), "_WARPS": (2, 4, 8)},
             [_swiglu_case(rows) for rows in (256, 16384)],
+        ),
+        Sweep(
+            "sample_head",
+            sample_head_file,
+            {"_TOKENS": (64, 128), "_DEPTH": (64, 128), "_STAGES": (3, 4), "_WARPS": (4, 8)},
+            _bench_cases("guided_sample", Grid(("XL",), (64,), (), (), ()), _LOGPROBS_OF_DRAW),
+        ),
+        # Where the library's product and a row kernel overtake the fused draw: compare its rows.
+        Sweep(
+            "fused_rows",
+            guided_sampling,
+            {"_MAX_FUSED_ROWS": (0, 64, 256)},
+            _bench_cases(
+                "guided_sample", Grid(("XL",), (32, 64, 128, 256), (), (), ()), _LOGPROBS_OF_DRAW
+            ),
+        ),
+        Sweep(
+            "head_chunks",
+            head_chunks,
+            {"_GPU_LOGITS": (4 << 20, 8 << 20, 16 << 20), "_GPU_PARTS": (2, 4, 8)},
+            _bench_cases(
+                "fixed_scale_gradients", Grid(("XL",), (), (), (), (16384,)), _WEIGHT_GRADIENT
+            ),
+        ),
+        Sweep(
+            "row_softmax",
+            row_softmax,
+            {"DEPTH": (4, 8, 16), "LANES": (256, 512, 1024), "WARPS": (4, 8)},
+            _bench_cases(
+                "fixed_scale_gradients", Grid(("XL",), (), (), (), (2048,)), _WEIGHT_GRADIENT
+            ),
         ),
     ]
 
@@ -175,6 +213,27 @@ def _time(case: Case, want: Tensor, device: torch.device) -> Timing | None:
         return case.make_call(device)
 
     return measure_graph(cold_calls(make_call, case.work.num_bytes, l2_bytes(device)))
+
+
+def _bench_cases(op: str, grid: Grid, output: int) -> list[Case]:
+    """Our part of the kernel bench's cases of an op, unfiltered; one of its outputs."""
+
+    def found(device: torch.device) -> dict[str, KernelCase]:
+        return {
+            case.name: case
+            for case in cases_of(Place.on(device, BF16), grid)
+            if case.op == op and case.facts.get("filters", "none") == "none"
+        }
+
+    def make_call(name: str, device: torch.device) -> Callable[[], Tensor]:
+        case = found(device)[name]
+        call = case.contenders[0].bind(case.make())
+        return lambda: call()[output]
+
+    return [
+        Case(name, partial(make_call, name), case.work)
+        for name, case in found(torch.device("cpu")).items()
+    ]
 
 
 def _attention_case(rows: int, length: int, heads: int = 20, head_dim: int = 64) -> Case:

@@ -207,15 +207,20 @@ def test_the_table_has_the_headline_of_every_result_of_this_commit(
     rollout = {
         "bench": "rollout", "model": "XL", "image_size": 256, "images": 128,
         "guidance_scale": 2.0, "contender": "argrpo", "images_per_s": 151.25, "commit": "abc1234",
+        "percent_of_limit": 57.2,
     }  # fmt: skip
-    rows = [kernel, {**kernel, "contender": "torch"}, {**kernel, "commit": "older"}]
+    hot = {**kernel, "cache": "hot", "p50_us": 10.0}
+    rows = [kernel, hot, {**kernel, "contender": "torch"}, {**kernel, "commit": "older"}]
     (results / "kernels_gpu.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (results / "rollout_gpu.jsonl").write_text(json.dumps(rollout) + "\n")
     call(suite, tmp_path, [part("first")])
-    assert capfd.readouterr().out.splitlines()[-2:] == [
-        "swiglu, rows 8, cold: 12.3 us, 81 % of the limit, 1.20 x floor",
-        "rollout XL 256 px, 128 images, guidance 2: 151.25 images/s",
+    printed = capfd.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(printed) if line.startswith("swiglu"))
+    assert printed[start : start + 2] == [
+        "swiglu, rows 8: 12.3 us cold, 81 % of limit, 1.20 x floor",
+        "rollout XL 256 px, 128 images, guidance 2: 151.25 images/s, 57 % of limit",
     ]
+    assert printed[start + 2].split() == ["part", "status", "seconds"]
 
 
 def test_real_parts_name_files_and_options_that_exist(suite: ModuleType) -> None:
