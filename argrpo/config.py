@@ -1,17 +1,16 @@
 """The one tree of settings of a run. Frozen; refused at birth if a value is out of range.
 
-`argrpo train --config FILE.yaml` fills it; presets stand in argrpo/configs/. Over 300 lines because
-a setting is looked for here.
+`argrpo train --config FILE.yaml` fills it; presets stand in argrpo/configs/.
 """
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.entropy_control import EntropyConfig
 from argrpo.learner_config import ParityConfig, ReferenceConfig
 from argrpo.objective_config import ObjectiveConfig
+from argrpo.reward_config import AdvantageConfig, RewardConfig
 from argrpo.schedules import LearningRateConfig
 
 
@@ -76,48 +75,6 @@ class DataConfig:
     text_features: str | None = None
     """safetensors file of encoded prompts for a text-conditional policy: features [P, L, C], mask
     [P, L]; prompts as a JSON list in its metadata."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """One judge."""
-
-    name: str
-    """A name of argrpo/rewards/registry.py, or module:function for your own."""
-
-    weight: float = 1.0
-    """Applied to the raw score when rewards are summed, to the advantage when they are not; a
-    finite number, and 0 only measures."""
-
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the judge, e.g. the path of its weights."""
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise ValueError(f"rewards.{self.name}.weight: expected finite, got {self.weight}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdvantageConfig:
-    """How scores become advantages within a group."""
-
-    aggregation: Literal["sum_then_normalize", "normalize_then_sum", "normalize_kinds_then_sum"] = (
-        "sum_then_normalize"
-    )
-    """Sum the weighted scores and normalise once; or normalise each reward and weigh that; or sum
-    and normalise the judges of single images, and normalise and weigh each distribution reward."""
-
-    scale: Literal["group", "none"] = "group"
-    """Divide by the group's standard deviation (+ 1e-4), or only subtract its mean."""
-
-    missing: Literal["drop", "zero"] = "drop"
-    """An image without a score leaves its group, or (AR-GRPO) the missing score counts as 0."""
-
-    def __post_init__(self) -> None:
-        if self.missing == "zero" and self.aggregation != "sum_then_normalize":
-            raise ValueError(
-                f"advantage.missing: expected drop with aggregation {self.aggregation}, got zero"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

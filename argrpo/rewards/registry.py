@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argrpo.config import RewardConfig
 from argrpo.data import Prompt
 from argrpo.model_paths import resolve_path
+from argrpo.reward_config import RewardConfig
 from argrpo.rewards.protocols import DistributionReward, Reward
 
 REWARDS = {

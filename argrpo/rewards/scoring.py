@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from argrpo.advantages import Advantages, combine_rewards, group_advantages, normalise_then_sum
-from argrpo.config import AdvantageConfig, RewardConfig, TrainConfig
+from argrpo.config import TrainConfig
 from argrpo.data import Prompt
+from argrpo.reward_config import AdvantageConfig, RewardConfig
 from argrpo.rewards.protocols import DistributionReward, Measuring, Restorable, Reward
 from argrpo.rewards.registry import make_reward
 
