@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -139,7 +140,7 @@ def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
 
     Args:
         config: what to draw.
-        report: told ("images", drawn so far, in all).
+        report: told ("tokens", drawn so far, in all) and ("images", written so far, in all).
 
     Raises:
         ValueError: a model, a label or a name does not fit; the message names it.
@@ -157,7 +158,13 @@ def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
         with _whole_or_nothing(folder.path) as draft:
             files = _Files(draft, names, config.num_images_per_prompt)
             report("images", 0, num_images)
-            for part in engine.draw_iter(conditions, config.sampling_params(), seed=config.seed):
+            parts = engine.draw_iter(
+                conditions,
+                config.sampling_params(),
+                seed=config.seed,
+                progress=partial(report, "tokens"),
+            )
+            for part in parts:
                 images = tokenizer.decode(part.token_ids, decode_batch=config.decode_batch)
                 files.add(images.float().cpu(), part.token_ids.cpu())
                 report("images", files.count, num_images)

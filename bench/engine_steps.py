@@ -91,6 +91,7 @@ def steps_of(
         image_ids=None,
         cond_logprobs=False,
         support=False,
+        progress=None,
     )
     runner = engine._runner
     if isinstance(runner, PagedRunner):

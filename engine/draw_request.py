@@ -1,6 +1,8 @@
 """One draw, checked: what the runners work from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,6 +11,21 @@ from argrpo.engine.conditions import Conditions, moved_to, num_images
 from argrpo.engine.policy import Policy
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.kernels.guided_sampling import DrawSettings
+
+Progress: TypeAlias = Callable[[int, int], None]  # (tokens drawn so far, tokens in all)
+
+
+class TokenCount:
+    """Counts the tokens of a draw, and tells whoever wants to know."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._drawn, self._total, self._progress = 0, total, progress
+
+    def add(self, count: int) -> None:
+        """So many more are drawn."""
+        self._drawn += count
+        if self._progress is not None:
+            self._progress(self._drawn, self._total)
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq would compare tensors
@@ -22,6 +39,7 @@ class DrawRequest:
     image_ids: Tensor  # [N] int64
     wants_cond_logprobs: bool
     wants_support: bool
+    tokens: TokenCount
 
     @property
     def num_images(self) -> int:
@@ -37,6 +55,7 @@ def check_request(
     image_ids: Tensor | None,
     cond_logprobs: bool,
     support: bool,
+    progress: Progress | None,
 ) -> DrawRequest:
     """The arguments of `RolloutEngine.draw` as a request on the policy's device.
 
@@ -64,4 +83,5 @@ def check_request(
         image_ids=ids.to(device),
         wants_cond_logprobs=cond_logprobs,
         wants_support=support and params.is_filtered,
+        tokens=TokenCount(count * policy.shape.num_image_tokens, progress),
     )

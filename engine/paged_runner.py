@@ -136,9 +136,11 @@ class PagedRunner:
             for turn in turns(draw.layout, draw.request.num_images, draw.num_guided):
                 for admission in turn.admissions:
                     self._admit(state, draw, admission)
+                    draw.request.tokens.add(admission.num_images)
                 num_branches = 2 if turn.is_guided else 1
                 _reserve(state, draw, turn, num_branches)
                 self._replay(draw.variant(num_branches), turn.num_steps)
+                draw.request.tokens.add(sum(turn.counts.values()) * turn.num_steps)
                 for admission in turn.finished:
                     rollout = _collect(state, draw, admission)
                     state.cache.release(_rows(state, draw, admission, 2))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from argrpo.engine.cache_plan import plan_cache
 from argrpo.engine.conditions import Conditions, moved_to
-from argrpo.engine.draw_request import DrawRequest, check_request
+from argrpo.engine.draw_request import DrawRequest, Progress, check_request
 from argrpo.engine.paged_runner import PagedRunner
 from argrpo.engine.policy import Policy
 from argrpo.engine.prefix import has_zero_rotary_prefix
@@ -141,6 +141,7 @@ class RolloutEngine:
         image_ids: Tensor | None = None,
         cond_logprobs: bool = False,
         support: bool = False,
+        progress: Progress | None = None,
     ) -> Rollout:
         """Draw one image a condition.
 
@@ -155,6 +156,8 @@ class RolloutEngine:
             cond_logprobs: also return log-probs under the conditional model alone, at the same
                 temperature and full support. Costs a second head product.
             support: also return the kept set of every token as a bitmask (with filters on).
+            progress: told (tokens drawn, tokens in all) as the draw goes on; on a GPU the tokens
+                that are queued, which is a moment ahead.
 
         Returns:
             A `Rollout` of N images on the policy's device.
@@ -173,6 +176,7 @@ class RolloutEngine:
                 image_ids=image_ids,
                 cond_logprobs=cond_logprobs,
                 support=support,
+                progress=progress,
             )
         )
         device = self._policy.head_weight.device
@@ -189,6 +193,7 @@ class RolloutEngine:
         image_ids: Tensor | None = None,
         cond_logprobs: bool = False,
         support: bool = False,
+        progress: Progress | None = None,
     ) -> Generator[Rollout, None, None]:
         """As `draw`, but yields rollouts of images as they finish, in order of their rows.
 
@@ -204,6 +209,7 @@ class RolloutEngine:
             image_ids=image_ids,
             cond_logprobs=cond_logprobs,
             support=support,
+            progress=progress,
         )
         parts = self._runner.draw(request) if request.num_images else iter(())
         return self._while_weights_stay(parts, request.num_images)

@@ -79,8 +79,10 @@ class WaveRunner:
         """Draw some images, all positions in lockstep."""
         wave = self.start_wave(request, cond, uncond, rows)
         draws = [self._first_draw(wave)]
+        request.tokens.add(len(rows))
         for position in range(1, self._policy.shape.num_image_tokens):
             draws.append(self.step(wave, draws[-1].token_ids, position))
+            request.tokens.add(len(rows))
         return _collect(request, rows, draws)
 
     def start_wave(

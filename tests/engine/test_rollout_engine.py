@@ -278,3 +278,12 @@ def test_the_unconditional_half_is_dropped_after_the_interval(
             assert steps(params) == [16] * guided + [8] * (15 - guided)
     finally:
         hook.remove()
+
+
+def test_progress_counts_every_token_once(policy: LlamaGen, build: Build) -> None:
+    told: list[tuple[int, int]] = []
+    engine = build(policy, max_slots=4)
+    engine.draw(random_labels(7), GUIDED, seed=1, progress=lambda *counts: told.append(counts))
+    drawn = [done for done, _ in told]
+    assert drawn == sorted(drawn) and drawn[0] < 7 * 16 == drawn[-1]
+    assert {total for _, total in told} == {7 * 16}
