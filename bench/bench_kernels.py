@@ -29,7 +29,17 @@ import cases_layers
 import cases_logprobs
 import cases_sampling
 import torch
-from kernel_cases import CPU_GRID, GPU_GRID, MODELS, Case, Contender, Grid, PeerMissingError, Place
+from kernel_cases import (
+    CPU_GRID,
+    GPU_GRID,
+    MODELS,
+    OURS,
+    Case,
+    Contender,
+    Grid,
+    PeerMissingError,
+    Place,
+)
 from kernel_runs import Method, Row, WrongResultError, measure_case, one_pass, table
 from result_rows import append_row, environment, rows_like
 from timing import Ceilings, ceilings_of, clock_of, measure, pinned_threads
@@ -72,9 +82,12 @@ def run(place: Place, args: argparse.Namespace) -> tuple[list[Row], int]:
     for case in cases_of(place, args.grid):
         if case.op not in args.only or case.name in done:
             continue
-        others = OtherWork()
+        others, taking_part = (
+            OtherWork(),
+            [contender for contender in case.contenders if contender.name not in args.without],
+        )
         try:
-            found = measure_case(case, method)
+            found = measure_case(replace(case, contenders=taking_part), method)
         except WrongResultError as error:
             print(f"WRONG {case.name}: {error}", flush=True)
             wrong += 1
@@ -112,6 +125,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=int, nargs="+", help="guided images in a step of attention")
     add("--lengths", type=int, nargs="+", help="keys that a new token sees")
     add("--tokens", type=int, nargs="+", help="image tokens scored, multiples of 256")
+    add("--without", nargs="+", default=[], metavar="NAME", help="contenders to leave out")
     add("--cache", nargs="+", choices=["cold", "hot"], help="both on a GPU, hot on a CPU")
     add("--samples", type=int, help="timed passes: 20 on a GPU, 3 on a CPU")
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="on a CPU")
@@ -131,6 +145,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, name)
     }
     args.grid = replace(GPU_GRID if gpu else CPU_GRID, **chosen)
+    if OURS in args.without:
+        parser.error(f"--without: expected peers, got {OURS}, which all are compared with")
     odd = [tokens for tokens in args.grid.tokens if tokens < 256 or tokens % 256]
     if odd:
         parser.error(f"--tokens: expected multiples of 256, got {odd[0]}")

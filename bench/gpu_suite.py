@@ -58,6 +58,7 @@ class Suite:
     results: Path
     state: Path
     commit: str
+    again: bool = False  # run parts whatever became of them before
     now: Callable[[], float] = time.monotonic
 
     def run(self, seconds: float) -> list[Outcome]:
@@ -75,7 +76,7 @@ class Suite:
 
     def left(self) -> list[Part]:
         """What never ran at this commit, then what was cut; not what is done or failed."""
-        seen = self.outcomes()
+        seen = {} if self.again else self.outcomes()
         new = [part for part in self.parts if part.name not in seen]
         cut = [part for part in self.parts if seen.get(part.name, "") in ("over its limit", "cut")]
         return new + cut
@@ -165,7 +166,8 @@ def table(suite: Suite, outcomes: Sequence[Outcome]) -> str:
     ran = {one.part for one in outcomes}
     before = {name: status for name, status in suite.outcomes().items() if name not in ran}
     lines += [f"{name:24} {status:16} {'earlier':>8}" for name, status in before.items()]
-    lines += [f"{part.name:24} {'to come':16}" for part in suite.left() if part.name not in ran]
+    to_come = [part.name for part in suite.parts if part.name not in {*ran, *before}]
+    lines += [f"{name:24} {'to come':16}" for name in to_come]
     return "\n".join(lines)
 
 
@@ -207,6 +209,7 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
     parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--state", type=Path, help=f"default: {STATE_NAME} in the results folder")
+    parser.add_argument("--again", action="store_true", help="also what is done or failed already")
     parser.add_argument("--list", action="store_true", help="print the parts and their limits")
     args = parser.parse_args(argv)
     if args.list:
@@ -219,7 +222,9 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
     wanted = [part for part in parts if args.only is None or part.name in args.only]
     # Ended from outside, it ends the part that is running and keeps what that has written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    suite = Suite(wanted, results, args.state or results / STATE_NAME, commit_described())
+    suite = Suite(
+        wanted, results, args.state or results / STATE_NAME, commit_described(), args.again
+    )
     outcomes = suite.run(args.minutes * 60)
     print(table(suite, outcomes))
     return 1 if any(one.status in ("failed", "over its limit") for one in outcomes) else 0

@@ -43,7 +43,7 @@ class Method:
     ceilings: Ceilings
     samples: int = 20
     caches: tuple[str, ...] = ("cold", "hot")
-    say: Callable[[str], None] = field(default_factory=lambda: said_once(print))
+    say: Callable[[str], None] = field(default_factory=lambda: said_once(_print_now))
 
 
 def said_once(say: Callable[[str], None]) -> Callable[[str], None]:
@@ -237,6 +237,10 @@ def table(rows: Sequence[Row]) -> str:
             f"limit, {ours['peak_mb']:.1f} MB" + (f"; {others}" if others else "")
         )
     return "\n".join(lines)
+
+
+def _print_now(line: str) -> None:
+    print(line, flush=True)
 
 
 def _is_ours(contender: Contender) -> bool:

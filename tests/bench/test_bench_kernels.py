@@ -346,6 +346,23 @@ def test_a_wrong_case_ends_in_an_error_after_the_others(
     assert "WRONG rmsnorm, rows 64: argrpo: expected an error" in capsys.readouterr().out
 
 
+def test_a_contender_can_be_left_out_but_not_ours(
+    scripts: Scripts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "kernels.jsonl"
+    ceilings = scripts.timing.Ceilings(1e9, 1e9)
+    monkeypatch.setattr(scripts.bench, "ceilings_of", lambda device, dtype: ceilings)
+    small = ["--models", "tiny", "--images", "2", "--tokens", "256"]
+    scripts.bench.main(command(output, *small, "--without", "torch library", "liger-kernel"))
+    assert {row["contender"] for row in rows_in(output)} == {"argrpo", "torch eager"}
+    assert "liger-kernel" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        scripts.bench.arguments(["--without", "argrpo"])
+
+
 def test_odd_numbers_of_tokens_are_refused(
     scripts: Scripts, capsys: pytest.CaptureFixture[str]
 ) -> None:

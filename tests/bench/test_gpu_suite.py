@@ -148,6 +148,16 @@ def test_a_changed_commit_starts_again(
     assert ran(tmp_path) == ["first", "first", "second"]
 
 
+def test_what_is_done_is_done_again_only_where_that_is_asked(
+    suite: ModuleType, part: Callable[..., Any], tmp_path: Path
+) -> None:
+    parts = [part("first"), part("broken", "raise SystemExit(3)")]
+    assert call(suite, tmp_path, parts) == 1
+    assert call(suite, tmp_path, parts, "--only", "broken") == 0
+    assert call(suite, tmp_path, parts, "--only", "broken", "--again") == 1
+    assert ran(tmp_path) == ["first", "broken", "broken"]
+
+
 def test_only_what_is_named_runs_and_the_state_may_lie_elsewhere(
     suite: ModuleType, part: Callable[..., Any], tmp_path: Path
 ) -> None:
