@@ -17,12 +17,15 @@ from timing import captured
 from torch import Tensor
 from torch.nn import functional as F
 
+from argrpo.engine.conditions import Conditions, TextFeatures
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 
 NUM_CLASSES = 1000
 VOCAB_SIZE = 16384
+TEXT_WIDTH = 2048  # of FLAN-T5-XL's features
+_GROUP = 8  # images a prompt, as training draws them
 _PRODUCTS = (
     "attention.wqkv.weight",
     "attention.wo.weight",
@@ -60,6 +63,8 @@ class Case:
     guidance_scale: float
     dtype: torch.dtype
     device: torch.device
+    text_tokens: int = 0
+    """Positions of a text prefix; 0 conditions on classes."""
 
     @property
     def num_tokens(self) -> int:
@@ -78,6 +83,21 @@ class Case:
         """[N] int64, spread over the classes."""
         return torch.arange(self.images, device=self.device) * 97 % NUM_CLASSES
 
+    @property
+    def conditions(self) -> Conditions:
+        """Labels, or random features of prompts of many lengths, one prompt for 8 images."""
+        if not self.text_tokens:
+            return self.labels
+        generator = torch.Generator().manual_seed(0)
+        num_prompts, length = -(-self.images // _GROUP), self.text_tokens
+        features = torch.randn(num_prompts, length, TEXT_WIDTH, generator=generator)
+        padding = torch.randint(length, (num_prompts, 1), generator=generator)
+        return TextFeatures(
+            features.to(self.device),
+            (torch.arange(length) >= padding).to(self.device),
+            torch.arange(self.images, device=self.device) // _GROUP,
+        )
+
     def policy(self) -> LlamaGen:
         """A policy of the published size with random weights."""
         sizes = MODELS[self.model]
@@ -90,6 +110,9 @@ class Case:
             vocab_size=VOCAB_SIZE,
             image_size=self.image_size,
             num_classes=NUM_CLASSES,
+            model_type="t2i" if self.text_tokens else "c2i",
+            caption_dim=TEXT_WIDTH,
+            prefix_len=self.text_tokens or 1,
         )
         with self.device:  # 3B numbers take a GPU a moment and a CPU half a minute
             policy = LlamaGen(config)
@@ -137,11 +160,12 @@ class OurEngine:
     name = "argrpo"
 
     def __init__(self, case: Case, policy: LlamaGen, *, deterministic: bool = False) -> None:
-        self._case = case
+        self._policy = policy
+        self._params, self._conditions = case.params, case.conditions
         self.engine = RolloutEngine(policy, max_slots=case.images, deterministic=deterministic)
 
     def prepare(self) -> None:
-        self._steps = steps_of(self.engine, self._case.labels, self._case.params)
+        self._steps = steps_of(self.engine, self._conditions, self._params)
 
     def step(self, position: int) -> object:
         return self._steps.step(position)
@@ -150,7 +174,9 @@ class OurEngine:
         self._steps.finish()
 
     def rollout(self) -> object:
-        return self.engine.draw(self._case.labels, self._case.params, seed=0)
+        # As after an optimizer step: prefixes read with the former weights do not count.
+        self._policy.norm.weight.mul_(1)
+        return self.engine.draw(self._conditions, self._params, seed=0)
 
 
 class Floor:
