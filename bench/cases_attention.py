@@ -89,16 +89,16 @@ def _make(place: Place, model: str, batch: int, length: int) -> AttentionInputs:
         side[..., head_dim:] = 0
     order = torch.randperm(batch * num_pages, device=device, generator=place.generator)
     table = order.view(batch, num_pages).int()
-    step = tuple(place.normal(batch, heads, head_dim) for _ in range(3))
+    q, k, v = (place.normal(batch, heads, head_dim) for _ in range(3))
     positions = torch.full((batch,), length - 1, device=device)
     rotary = _rotary(length, head_dim, device)
-    query = _padded(_rotated(step[0], rotary[-1]))[:, :, None]
-    paged_decode_attention_reference(*step, rotary, positions, pages, table)  # writes this step
+    query = _padded(_rotated(q, rotary[-1]))[:, :, None]
+    paged_decode_attention_reference(q, k, v, rotary, positions, pages, table)  # stores k and v
     keys, values = (
         side[table.long()].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
         for side in pages
     )
-    return AttentionInputs(step, rotary, positions, pages, table, query, keys, values)
+    return AttentionInputs((q, k, v), rotary, positions, pages, table, query, keys, values)
 
 
 def _expect(head_dim: int, inputs: AttentionInputs) -> Expected:
@@ -128,11 +128,13 @@ def _peers(scale: float, has_flex: bool) -> list[Contender]:
         return Contender(name, bind, numeric_error, does)
 
     def flash_attn(inputs: AttentionInputs) -> Call:
-        cache = tuple(
+        keys, values = (
             side[..., : inputs.step[0].shape[2]].transpose(1, 2).contiguous()
             for side in (inputs.keys, inputs.values)
         )
-        return flash_attn_decode(inputs.step, inputs.rotary, cache, inputs.positions, scale)
+        return flash_attn_decode(
+            inputs.step, inputs.rotary, (keys, values), inputs.positions, scale
+        )
 
     def flashinfer(inputs: AttentionInputs) -> Call:
         query, num_keys = inputs.query[:, :, 0].contiguous(), inputs.keys.shape[2]

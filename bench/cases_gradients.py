@@ -72,7 +72,7 @@ def _one_pass_cases(place: Place, model: str, tokens: int) -> Iterator[Case]:
     def fixed(inputs: HeadInputs) -> Outputs:
         return tuple(fixed_scale_gradients(*inputs[:3], _fixed_scales(inputs)))
 
-    ways = {
+    ways: dict[str, Callable[[HeadInputs], Outputs]] = {
         "fixed_scale_gradients": fixed,
         "logprob_gradients": partial(run, logprob_gradients),
     }
@@ -103,11 +103,11 @@ def _loss_scales(inputs: HeadInputs) -> LossScales:
 
 
 def _eager_loss(inputs: HeadInputs) -> Outputs:
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:2]]
-    logprobs, entropies = eager_head(*leaves, inputs.token_ids)
+    hidden, head_weight = (tensor.detach().requires_grad_() for tensor in inputs[:2])
+    logprobs, entropies = eager_head(hidden, head_weight, inputs.token_ids)
     kl = k3(logprobs, inputs.ref_logprobs)
     loss = (inputs.dlogprobs * logprobs + KL_WEIGHT * kl).sum()
-    gradients = torch.autograd.grad(loss, leaves)
+    gradients = torch.autograd.grad(loss, (hidden, head_weight))
     return logprobs.detach(), entropies.detach(), *gradients
 
 

@@ -123,13 +123,12 @@ def _contenders(
 
 
 def _make(place: Place, layer: Layer, rows: int, width: int, backward: bool) -> LayerInputs:
-    inputs: list[Tensor | None] = [place.normal(*shape) for shape in layer.shapes(rows, width)]
-    inputs += [None] * (4 - len(inputs))
+    first, *others = (place.normal(*shape) for shape in layer.shapes(rows, width))
+    second, third, fourth = [*others, None, None, None][:3]
     count = layer.num_outputs if backward else 0
-    gradients: list[Tensor | None] = [
-        place.normal(*layer.out_shape(rows, width)) for _ in range(count)
-    ]
-    return LayerInputs(*inputs, *gradients, *([None] * (2 - count)))
+    gradients = [place.normal(*layer.out_shape(rows, width)) for _ in range(count)]
+    dy, dtotal = [*gradients, None, None][:2]
+    return LayerInputs(first, second, third, fourth, dy, dtotal)
 
 
 def _forward(function: Callable[..., Any], inputs: LayerInputs) -> Outputs:

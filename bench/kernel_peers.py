@@ -164,7 +164,9 @@ def flash_attn_decode(
     )  # fmt: skip
 
 
-def xformers_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Call:
+def xformers_attention(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Callable[[], Outputs]:
     """xformers' attention of one query; [B, H, 1, D] and [B, H, positions, D]."""
     attend = installed("xformers", "xformers.ops", "memory_efficient_attention")
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, keys, values))
@@ -173,7 +175,7 @@ def xformers_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float
 
 def flashinfer_decode(
     query: Tensor, pages: tuple[Tensor, Tensor], block_table: Tensor, num_keys: int, scale: float
-) -> Call:
+) -> Callable[[], Outputs]:
     """FlashInfer's paged decode on our own pages; the plan is made beforehand and not timed.
 
     Args:

@@ -214,7 +214,8 @@ class Floor:
             return self._products(position)
         if position not in self._graphs:
             self._graphs[position] = captured([partial(self._products, position)])
-        return self._graphs[position].replay()
+        self._graphs[position].replay()
+        return None
 
     @torch.no_grad()
     def _products(self, position: int) -> Tensor:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from bench_kernels import cases_of
@@ -227,7 +228,7 @@ def _bench_cases(op: str, grid: Grid, output: int) -> list[Case]:
 
     def make_call(name: str, device: torch.device) -> Callable[[], Tensor]:
         case = found(device)[name]
-        call = case.contenders[0].bind(case.make())
+        call: Callable[[], Any] = case.contenders[0].bind(case.make())
         return lambda: call()[output]
 
     return [
