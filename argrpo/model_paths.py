@@ -28,6 +28,20 @@ def blamed_on(setting: str, *, sizes: str = "") -> Iterator[None]:
         raise kind(f"{sizes if is_size else f'{setting}: '}{error}") from error
 
 
+@contextmanager
+def named_within(place: str) -> Iterator[None]:
+    """Refusals that begin with the name of an option, with where that option is in front.
+
+    Raises:
+        ValueError, FileNotFoundError: as raised inside, under its whole name.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        raise kind(f"{place}.{error}") from error
+
+
 def resolve_path(path: str, cache_dir: str | None) -> Path:
     """A path, or for `digits:policy`, `digits:tokenizer`, `digits:reward_judge` and
     `digits:heldout_judge` the file that the embedded task keeps under `cache_dir`.

@@ -8,8 +8,12 @@ matrices, so rank-deficient covariances do no harm.
 Source: Dowson and Landau, J. Multivariate Analysis 12 (1982); Heusel et al., arXiv:1706.08500.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from argrpo.evaluation.frechet_loo import FrechetReference, symmetric_root
 
 
 def frechet_distance(generated: Tensor, references: Tensor) -> float:
@@ -32,21 +36,31 @@ def frechet_distance(generated: Tensor, references: Tensor) -> float:
             f"generated: expected {references.shape[1]} features a row as in references, "
             f"got {generated.shape[1]}"
         )
-    generated, references = generated.double(), references.double()
-    gap = (generated.mean(dim=0) - references.mean(dim=0)).square().sum()
-    first, second = _covariance(generated), _covariance(references)
-    root = _symmetric_root(first)
+    mean, cov = references.double().mean(dim=0), _covariance(references.double())
+    return frechet_to(generated, FrechetReference(mean, cov, symmetric_root(cov)))
+
+
+def frechet_to(generated: Tensor, reference: FrechetReference) -> float:
+    """Frechet distance to references of which only the moments are known, at least 0.
+
+    Args:
+        generated: [N, C] finite features, N at least 2, on the reference's device.
+        reference: of C features.
+    """
+    wide = generated.double()
+    mean = wide.mean(dim=0)
+    # Rows whose products with each other are as those of the root of the overlap; of the two Gram
+    # matrices, which share their eigenvalues above 0, the smaller one.
+    rows = (wide - mean) @ reference.root / math.sqrt(len(wide) - 1)
+    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     # The trace of a root is the sum of the roots of the eigenvalues; rounding puts some below 0.
-    overlap = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0.0).sqrt().sum()
-    distance = gap + first.trace() + second.trace() - 2.0 * overlap
+    overlap = torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().sum()
+    gap = (mean - reference.mean).square().sum()
+    spread = (wide - mean).square().sum() / (len(wide) - 1)
+    distance = gap + spread + reference.cov.trace() - 2.0 * overlap
     return max(distance.item(), 0.0)
 
 
 def _covariance(features: Tensor) -> Tensor:
     centred = features - features.mean(dim=0)
     return centred.T @ centred / (len(features) - 1)
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp_min(0.0).sqrt() @ vectors.T

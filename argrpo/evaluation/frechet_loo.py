@@ -65,9 +65,13 @@ class FrechetReference:
                 "cov: expected a full covariance, got the variance of each feature alone; "
                 "make the file again with argrpo moments, or take form: diagonal"
             )
-        values, vectors = torch.linalg.eigh(moments.cov)
-        root = vectors * values.clamp_min(0.0).sqrt() @ vectors.T
-        return cls(moments.mean, moments.cov, root)
+        return cls(moments.mean, moments.cov, symmetric_root(moments.cov))
+
+
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """The symmetric square root of a covariance [C, C]; what rounding put below 0 counts as 0."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(0.0).sqrt() @ vectors.T
 
 
 def batch_leave_one_out(

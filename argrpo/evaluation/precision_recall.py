@@ -48,23 +48,32 @@ def precision_recall(generated: Tensor, references: Tensor, *, k: int = 3) -> Pr
     )
 
 
-def covered(points: Tensor, centres: Tensor, *, k: int = 3) -> Tensor:
+def covered(points: Tensor, centres: Tensor, *, k: int = 3, radii: Tensor | None = None) -> Tensor:
     """Whether each point lies in at least one ball around the centres.
 
     Args:
         points: [N, C].
         centres: [M, C] with M > k; a ball reaches to its centre's k-th neighbour among them.
+        k: which neighbour; not looked at where `radii` are given.
+        radii: [M] from `ball_radii` of these centres, where they are asked about more than once.
 
     Returns:
         [N] bool.
     """
     points, centres = points.double(), centres.double()
-    # A centre is its own nearest neighbour, at distance 0, so the k-th other one is k + 1-th.
-    radii = torch.cat(
-        [_distances(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(_ROWS)]
-    )
+    reach = ball_radii(centres, k=k) if radii is None else radii
     return torch.cat(
-        [(_distances(rows, centres) <= radii).any(dim=1) for rows in points.split(_ROWS)]
+        [(_distances(rows, centres) <= reach).any(dim=1) for rows in points.split(_ROWS)]
+    )
+
+
+def ball_radii(centres: Tensor, *, k: int = 3) -> Tensor:
+    """[M] fp64: how far each of the centres [M, C], M > k, is from its k-th neighbour among
+    them."""
+    centres = centres.double()
+    # A centre is its own nearest neighbour, at distance 0, so the k-th other one is k + 1-th.
+    return torch.cat(
+        [_distances(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(_ROWS)]
     )
 
 

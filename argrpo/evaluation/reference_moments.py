@@ -4,7 +4,7 @@ Images of a folder go through the same network and preprocessing as generated on
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -48,15 +48,31 @@ def reference_moments(
         ValueError: there are none or they do not fit the extractor, or an image cannot be read.
         FileNotFoundError: nothing is there.
     """
-    if source.startswith(_DATASET):
-        return _sums(_dataset(source).split(batch), extractor)
-    if Path(source).is_dir():
-        return _sums(_images(Path(source), image_size, batch, report), extractor)
+    parts = _parts(source, image_size, batch, report)
+    if parts is not None:
+        return _sums(parts, extractor)
     if not Path(source).exists():
         raise FileNotFoundError(f"expected an npz file or a folder of images, got {source}")
     moments = load_moments(source)
     check_moments(moments, extractor, source)
     return moments
+
+
+def reference_features(
+    source: str,
+    extractor: FeatureExtractor,
+    *,
+    image_size: int | None = None,
+    batch: int = 64,
+    report: Report = unreported,
+) -> Tensor | None:
+    """Features [M, C] fp32 of all images of a folder or a dataset; None where `source` is neither,
+    as a file of moments, which says nothing of single images.
+
+    Arguments and errors as of `reference_moments`.
+    """
+    parts = _parts(source, image_size, batch, report)
+    return None if parts is None else torch.cat([extractor(part) for part in parts])
 
 
 def check_moments(moments: Moments, extractor: FeatureExtractor, source: str) -> None:
@@ -82,7 +98,18 @@ def check_moments(moments: Moments, extractor: FeatureExtractor, source: str) ->
         )
 
 
-def _sums(parts: Iterator[Tensor] | tuple[Tensor, ...], extractor: FeatureExtractor) -> Moments:
+def _parts(
+    source: str, image_size: int | None, batch: int, report: Report
+) -> Iterable[Tensor] | None:
+    """The images of a folder or a dataset, part by part."""
+    if source.startswith(_DATASET):
+        return _dataset(source).split(batch)
+    if Path(source).is_dir():
+        return _images(Path(source), image_size, batch, report)
+    return None
+
+
+def _sums(parts: Iterable[Tensor], extractor: FeatureExtractor) -> Moments:
     sums = MomentSums(extractor.dim)
     for part in parts:
         sums.add(extractor(part))

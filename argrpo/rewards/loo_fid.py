@@ -15,8 +15,6 @@ utils/reward_utils.py, whose mode ema_loo is the diagonal form and loo_batch the
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -33,7 +31,7 @@ from argrpo.evaluation.frechet_loo import (
 )
 from argrpo.evaluation.moments import Moments, RawMoments
 from argrpo.evaluation.reference_moments import reference_moments
-from argrpo.model_paths import blamed_on
+from argrpo.model_paths import blamed_on, named_within
 from argrpo.ranks import gather_rows
 
 _LOG = logging.getLogger(__name__)
@@ -89,7 +87,7 @@ class LooFidReward:
         self.name = name
         place = f"rewards.{name}.options"
         _check(place, form, decay, debias=debias, parity=parity_bootstrap)
-        with _named_in(place):
+        with named_within(place):
             extractor = load_extractor(features, features_path, device=device, batch=reward_batch)
         self._extractor = extractor
         self._decay = decay
@@ -199,16 +197,6 @@ class _Full:
             return batch_leave_one_out(features, self._reference, correction=self._correction)
         share = past / (past + 1.0 - self._decay)
         return carried_leave_one_out(features, state, self._reference, decay=share)
-
-
-@contextmanager
-def _named_in(place: str) -> Iterator[None]:
-    """Refusals that begin with the name of an option, with where that option is in front."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
-        raise kind(f"{place}.{error}") from error
 
 
 def _check(place: str, form: str, decay: float, *, debias: bool, parity: bool) -> None:
