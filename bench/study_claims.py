@@ -1,0 +1,293 @@
+"""What the rows of the learning study say: means and spreads, and four claims one by one.
+
+    (a)  instance rewards alone raise accuracy, and lower recall and entropy
+    (b)  LOO-FID and adaptive entropy keep accuracy within 2 points of (a) and give back at least
+         half of the recall that it lost
+    (c)  after tuning, samples without guidance are at least as good in Frechet distance as the
+         base's at its best guidance
+    (d)  the guided policy reaches the same reward in fewer images than the conditional one
+
+Differences are taken within a seed, whose arms are measured on the same random numbers. A spread is
+the standard deviation over seeds. A claim holds if the mean says so; in how many seeds it holds by
+itself stands beside.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+
+from result_rows import Row
+from study_arms import ARMS, GUIDANCE, WITH_LOOFID
+from study_measures import MEASURES
+
+MOST_ACCURACY_LOST = 0.02
+LEAST_RECALL_REGAINED = 0.5
+WINDOW = 8
+"""Steps that a reward is averaged over before it is compared; one step's is too noisy."""
+
+_DEFAULT_WEIGHT = 1.0  # where there is no frontier to choose on
+_TARGETS = (0.5, 0.9)  # of the way that the conditional arm's reward goes
+_DIGITS = {"frechet": 1, "entropy": 2}
+
+
+def score(row: Row, measure: str, scale: float) -> float:
+    """A measure of a row at a guidance scale.
+
+    Raises:
+        ValueError: the row was not measured at that scale.
+    """
+    for record in row["scores"]:
+        if record["guidance_scale"] == scale:
+            return float(record[measure])
+    raise ValueError(f"scale: expected one that {row['arm']} was measured at, got {scale:g}")
+
+
+def chosen_weight(rows: Sequence[Row], pilot_seed: int) -> float:
+    """The weight of LOO-FID for the arms, from the frontier on the pilot seed.
+
+    The largest recall among the weights that keep accuracy within 2 points of the judge alone;
+    where none does, the one that keeps most.
+    """
+    pilot = [row for row in rows if row["seed"] == pilot_seed]
+    judge = [score(row, "accuracy", GUIDANCE) for row in pilot if row["arm"] == "judge"]
+    tried = [row for row in pilot if row["loo_fid_weight"] > 0]
+    if not judge or not tried:
+        return _DEFAULT_WEIGHT
+    floor = judge[0] - MOST_ACCURACY_LOST
+    keeping = [row for row in tried if score(row, "accuracy", GUIDANCE) >= floor]
+    wanted = "recall" if keeping else "accuracy"
+    best = max(keeping or tried, key=lambda row: score(row, wanted, GUIDANCE))
+    return float(best["loo_fid_weight"])
+
+
+def by_arm(rows: Sequence[Row], pilot_seed: int) -> dict[str, dict[int, Row]]:
+    """The rows of the arms by arm and seed, without the frontier's."""
+    arms: dict[str, dict[int, Row]] = {arm: {} for arm in ARMS}
+    for row in rows:
+        if row["seed"] != pilot_seed:
+            arms[row["arm"]][row["seed"]] = row
+    return {arm: seeds for arm, seeds in arms.items() if seeds}
+
+
+def images_to_reach(rewards: Sequence[float], target: float, images_per_step: int) -> float:
+    """Images drawn until the mean reward of `WINDOW` steps is at least `target`; inf: never."""
+    for last in range(WINDOW, len(rewards) + 1):
+        if mean(rewards[last - WINDOW : last]) >= target:
+            return float(last * images_per_step)
+    return math.inf
+
+
+def claims(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
+    """One paragraph a claim; one whose arms have no row says so."""
+    return [_claim_a(arms), _claim_b(arms), *_claim_c(arms), _claim_d(arms)]
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation in words; one value has no spread."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def cell(rows: Sequence[Row], measure: str, scale: float) -> str:
+    """A measure over seeds, for a table."""
+    return spread([score(row, measure, scale) for row in rows], _DIGITS.get(measure, 3))
+
+
+def _shared(arms: Mapping[str, Mapping[int, Row]], *names: str) -> list[int]:
+    """Seeds of which all of these arms have a row."""
+    return sorted(set.intersection(*(set(arms.get(name, {})) for name in names)))
+
+
+def _verdict(by_mean: bool, by_seed: Sequence[bool]) -> str:
+    return f"{'holds' if by_mean else 'does not hold'} ({sum(by_seed)} of {len(by_seed)} seeds)"
+
+
+def _claim_a(arms: Mapping[str, Mapping[int, Row]]) -> str:
+    seeds = _shared(arms, "base", "judge")
+    if not seeds:
+        return "**(a)** not measured."
+    parts, verdicts = [], []
+    for scale in (GUIDANCE, 1.0):
+        changes = {
+            name: [
+                score(arms["judge"][s], name, scale) - score(arms["base"][s], name, scale)
+                for s in seeds
+            ]
+            for name in ("accuracy", "recall", "entropy")
+        }
+        signs = {"accuracy": 1, "recall": -1, "entropy": -1}
+        by_seed = [all(signs[n] * v[i] > 0 for n, v in changes.items()) for i in range(len(seeds))]
+        by_mean = all(signs[n] * mean(v) > 0 for n, v in changes.items())
+        verdicts.append(f"at guidance {scale:g} it {_verdict(by_mean, by_seed)}")
+        told = ", ".join(f"{name} {spread(values)}" for name, values in changes.items())
+        parts.append(f"judge minus base at guidance {scale:g}: {told}")
+    return f"**(a)** {'; '.join(verdicts)}. {'; '.join(parts)}."
+
+
+def _claim_b(arms: Mapping[str, Mapping[int, Row]]) -> str:
+    seeds = _shared(arms, "base", "judge", "judge_loofid")
+    if not seeds:
+        return "**(b)** not measured."
+    parts = []
+    for scale in (GUIDANCE, 1.0):
+        base, judge, both = (
+            {n: [score(arms[a][s], n, scale) for s in seeds] for n in ("accuracy", "recall")}
+            for a in ("base", "judge", "judge_loofid")
+        )
+        kept = [x - y for x, y in zip(both["accuracy"], judge["accuracy"], strict=True)]
+        lost = [x - y for x, y in zip(base["recall"], judge["recall"], strict=True)]
+        regained = [x - y for x, y in zip(both["recall"], judge["recall"], strict=True)]
+        by_seed = [_gives_back(*three) for three in zip(kept, lost, regained, strict=True)]
+        by_mean = _gives_back(mean(kept), mean(lost), mean(regained))
+        share = f"{mean(regained) / mean(lost):.0%} of it" if mean(lost) > 0 else "none was lost"
+        parts.append(
+            f"at guidance {scale:g} it {_verdict(by_mean, by_seed)}: accuracy against judge "
+            f"{spread(kept)}, recall lost by judge {spread(lost)}, given back {spread(regained)}, "
+            f"{share}"
+        )
+    weight = arms["judge_loofid"][seeds[0]]["loo_fid_weight"]
+    return f"**(b)** with weight {weight:g}: {'; '.join(parts)}."
+
+
+def _gives_back(kept: float, lost: float, regained: float) -> bool:
+    return kept >= -MOST_ACCURACY_LOST and lost > 0 and regained >= LEAST_RECALL_REGAINED * lost
+
+
+def best_base_scale(base: Sequence[Row]) -> float:
+    """The guidance scale at which the base's mean Frechet distance is least."""
+    scales = [record["guidance_scale"] for record in base[0]["scores"]]
+    return min(scales, key=lambda scale: mean(score(row, "frechet", scale) for row in base))
+
+
+def _claim_c(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
+    told = []
+    for arm in ("judge", *WITH_LOOFID):
+        seeds = _shared(arms, "base", arm)
+        if not seeds:
+            told.append(f"**(c)** {arm}: not measured.")
+            continue
+        best = best_base_scale([arms["base"][s] for s in seeds])
+        base = [score(arms["base"][s], "frechet", best) for s in seeds]
+        tuned = [score(arms[arm][s], "frechet", 1.0) for s in seeds]
+        by_seed = [ours <= its for ours, its in zip(tuned, base, strict=True)]
+        told.append(
+            f"**(c)** {arm} {_verdict(mean(tuned) <= mean(base), by_seed)}: Frechet distance "
+            f"{spread(tuned, 1)} without guidance, the base's {spread(base, 1)} at its best "
+            f"guidance {best:g}."
+        )
+    return told
+
+
+def _claim_d(arms: Mapping[str, Mapping[int, Row]]) -> str:
+    seeds = _shared(arms, "judge", "guided")
+    if not seeds:
+        return "**(d)** not measured."
+    parts = []
+    for share in _TARGETS:
+        pairs = [_images_of_pair(arms["judge"][s], arms["guided"][s], share) for s in seeds]
+        told = ", ".join(f"{_counted(ours)} against {_counted(its)}" for its, ours in pairs)
+        wins = sum(ours < its for its, ours in pairs)
+        parts.append(f"{share:.0%} of the way: {told} ({wins} of {len(pairs)} seeds sooner)")
+    return (
+        "**(d)** images until the reward has gone a share of the way from its first to its last "
+        f"{WINDOW} steps in judge, guided against judge, by seed: {'; '.join(parts)}."
+    )
+
+
+def _images_of_pair(judge: Row, guided: Row, share: float) -> tuple[float, float]:
+    rewards = judge["curves"]["reward"]
+    first, last = mean(rewards[:WINDOW]), mean(rewards[-WINDOW:])
+    target, each = first + share * (last - first), judge["images"] // judge["steps"]
+    return tuple(images_to_reach(row["curves"]["reward"], target, each) for row in (judge, guided))  # type: ignore[return-value]
+
+
+def _counted(images: float) -> str:
+    return f"{images:,.0f}" if math.isfinite(images) else "never"
+
+
+def summary(rows: Sequence[Row], pilot_seed: int) -> str:
+    """The whole page in Markdown: tables and claims."""
+    arms = by_arm(rows, pilot_seed)
+    return "\n".join(
+        [
+            "# The learning study",
+            "",
+            "Written by `python bench/learning_study.py --summary` from `rows.jsonl`: mean ±",
+            "standard deviation over seeds. How to read it stands in `bench/README.md`.",
+            "",
+            *_sizes(rows),
+            "",
+            *_arm_table(arms),
+            "",
+            "## Claims",
+            "",
+            *[line for claim in claims(arms) for line in (claim, "")],
+            *_base_table(arms.get("base", {})),
+            *_frontier_table(rows, pilot_seed),
+        ]
+    )
+
+
+def _sizes(rows: Sequence[Row]) -> list[str]:
+    drawing = [row for row in rows if row["curves"]]
+    if not drawing:
+        return []
+    row, seconds = drawing[0], sum(r["train_seconds"] + r["measure_seconds"] for r in rows)
+    return [
+        f"{row['steps']} steps of {row['images'] // row['steps']} images ({row['images']:,} drawn) "
+        f"an arm and seed, measured on {row['evaluation_images']:,} fresh images at each guidance; "
+        f"{len(rows)} trainings, {seconds / 60:.0f} minutes in all, on {row['device']}."
+    ]
+
+
+def _arm_table(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
+    lines = [
+        f"| arm | guidance | {' | '.join(MEASURES)} | seeds | training, s |",
+        f"|---|---|{'---|' * (len(MEASURES) + 2)}",
+    ]
+    for scale in (GUIDANCE, 1.0):
+        for arm, seeds in arms.items():
+            rows = list(seeds.values())
+            cells = " | ".join(cell(rows, measure, scale) for measure in MEASURES)
+            seconds = spread([row["train_seconds"] for row in rows], 0)
+            lines.append(f"| {arm} | {scale:g} | {cells} | {len(rows)} | {seconds} |")
+    return lines
+
+
+def _base_table(base: Mapping[int, Row]) -> list[str]:
+    if not base:
+        return []
+    rows = list(base.values())
+    lines = ["## The base over guidance", "", f"| guidance | {' | '.join(MEASURES)} |"]
+    lines.append(f"|---|{'---|' * len(MEASURES)}")
+    for record in rows[0]["scores"]:
+        scale = record["guidance_scale"]
+        lines.append(f"| {scale:g} | {' | '.join(cell(rows, m, scale) for m in MEASURES)} |")
+    return [*lines, ""]
+
+
+def _frontier_table(rows: Sequence[Row], pilot_seed: int) -> list[str]:
+    pilot = [row for row in rows if row["seed"] == pilot_seed]
+    if not pilot:
+        return []
+    lines = [
+        f"## The frontier: seed {pilot_seed}, guidance {GUIDANCE:g}",
+        "",
+        f"| rewards | {' | '.join(MEASURES)} |",
+        f"|---|{'---|' * len(MEASURES)}",
+    ]
+    for row in pilot:
+        cells = " | ".join(cell([row], measure, GUIDANCE) for measure in MEASURES)
+        lines.append(f"| {frontier_name(row)} | {cells} |")
+    chosen = chosen_weight(rows, pilot_seed)
+    return [*lines, "", f"Chosen for the arms, before their seeds: weight {chosen:g}.", ""]
+
+
+def frontier_name(row: Row) -> str:
+    """What a run of the frontier trained on."""
+    if row["arm"] == "judge":
+        return "judge"
+    if row["loo_fid_weight"] == 0:
+        return "judge, entropy"
+    return f"judge, entropy, LOO-FID {row['loo_fid_weight']:g}"
