@@ -29,7 +29,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
             rotated vector zero: that is how LlamaGen marks its prefix.
     """
     table = torch.view_as_complex(rotary)
-    table = table.view(len(table), *([1] * (x.dim() - 3)), -1)
+    table = table.view(len(table), *([1] * (x.dim() - 3)), table.shape[1])
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 

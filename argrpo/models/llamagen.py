@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from argrpo.engine.attention import Attend, CausalAttend, prefix_allowed
+from argrpo.engine.attention import Attend
 from argrpo.engine.conditions import Conditions
 from argrpo.engine.policy import PolicyShape, Prefix
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.kernels.rmsnorm import rmsnorm, rmsnorm_residual
 from argrpo.kernels.swiglu import swiglu
+from argrpo.models.attention_backends import AttentionName
 from argrpo.models.conditioning import CaptionEmbedding, LabelEmbedding
 from argrpo.models.scoring import drawn_logits, drawn_logprobs
+from argrpo.models.training_attention import whole_image_hidden
 
 _INIT_STD = 0.02
 
@@ -82,6 +84,7 @@ class LlamaGen(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoints_layers = False
+        self.attention: AttentionName = "sdpa"
         self._rotary = rotary_table(config)
         self.cls_embedding = (
             LabelEmbedding(config.num_classes, config.dim)
@@ -164,13 +167,7 @@ class LlamaGen(nn.Module):
         Returns:
             [N, T', D] in the dtype of the weights.
         """
-        prefix = self.embed_conditions(conditions)
-        x = torch.cat([prefix.embeddings, self.tok_embeddings(token_ids[:, :-1])], dim=1)
-        allowed = (
-            None if self.config.model_type == "c2i" else prefix_allowed(prefix.mask, x.shape[1])
-        )
-        attend = CausalAttend(self.rotary[: x.shape[1]], allowed)
-        return self.trunk(x, attend)[:, self.config.prefix_len - 1 :].contiguous()
+        return whole_image_hidden(self, conditions, token_ids, self.attention)
 
     def logits(
         self,

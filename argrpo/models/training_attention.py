@@ -1,0 +1,205 @@
+"""How whole images attend while they are scored: training, where every position is known.
+
+Three ways, all exact, none with a mask of [N, S, S] where no prompt is padded:
+
+    whole      prefix and image as one causal sequence: prefixes of one position (a class), whose
+               key is the first of a row, and any prefix with a rotary embedding
+    shared     a text prefix whose rotary rows are zero (engine/prefix.py): each distinct prompt is
+               read once for all of its images, and only its valid positions; inside it attention is
+               a running mean of V, and to an image it is one entry of score 0 that weighs as much
+               as the prompt has positions
+    packed     for attention libraries: prefix keys as any others, sequences of different lengths
+               one behind the other, padding left out
+
+The last two feed the trunk one long row: all that is not attention looks at single positions, so
+it needs not know whose they are.
+
+Shapes: N images, P distinct prompts, M prefix positions, R valid ones of all prompts together,
+T image tokens, I = T - 1 that are fed, H heads, D head size, S positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from argrpo.engine.attention import CausalAttend, prefix_allowed, rotate
+from argrpo.engine.conditions import Conditions, distinct
+from argrpo.engine.policy import Policy
+from argrpo.engine.prefix import has_zero_rotary_prefix
+from argrpo.models.attention_backends import AttentionName, PackedAttention, packed_attention
+
+# A bf16 has 8 significant bits and fp32 has 24.
+_BF16_PARTS = 3
+# Fast kernels want rows of a multiple of 16 bytes.
+_HEAD_MULTIPLE = 8
+
+
+def whole_image_hidden(
+    policy: Policy, conditions: Conditions, token_ids: Tensor, attention: AttentionName
+) -> Tensor:
+    """Final-norm hidden states of given images; row t predicts token t. Differentiable.
+
+    Args:
+        policy: the model.
+        conditions: of N images, on its device.
+        token_ids: [N, T] int64; the last column is not fed.
+        attention: sdpa is PyTorch's; the others are packages, see argrpo/models/attention_backends.
+
+    Returns:
+        [N, T, width] in the dtype of the weights, contiguous.
+
+    Raises:
+        ValueError: the package is missing.
+    """
+    if attention != "sdpa":
+        return _packed_hidden(policy, conditions, token_ids, packed_attention(attention))
+    # A class is one position: plain causal attention reads it as its first key.
+    if policy.shape.prefix_len > 1 and has_zero_rotary_prefix(policy):
+        return _shared_prefix_hidden(policy, conditions, token_ids)
+    return _whole_hidden(policy, conditions, token_ids)
+
+
+def _whole_hidden(policy: Policy, conditions: Conditions, token_ids: Tensor) -> Tensor:
+    prefix = policy.embed_conditions(conditions)
+    x = torch.cat([prefix.embeddings, policy.token_embedding(token_ids[:, :-1])], dim=1)
+    prefix_len, num_positions = policy.shape.prefix_len, x.shape[1]
+    allowed = None
+    # One look at the device a pass: a prefix of one position is never padded.
+    if prefix_len > 1 and not bool(prefix.mask.all()):
+        allowed = prefix_allowed(prefix.mask, num_positions)
+    attend = CausalAttend(policy.rotary[:num_positions], allowed)
+    return policy.trunk(x, attend)[:, prefix_len - 1 :].contiguous()
+
+
+def _shared_prefix_hidden(policy: Policy, conditions: Conditions, token_ids: Tensor) -> Tensor:
+    once = distinct(conditions)
+    prefix = policy.embed_conditions(once.conditions)
+    # The number of valid positions shapes the pass, so the host has to know it.
+    places = prefix.mask.flatten().nonzero().squeeze(1)
+    fed = policy.token_embedding(token_ids[:, :-1])
+    x = torch.cat([prefix.embeddings.flatten(0, 1)[places], fed.flatten(0, 1)])
+    prefix_len, num_fed = prefix.mask.shape[1], fed.shape[1]
+    rotary = policy.rotary[prefix_len : prefix_len + num_fed]
+    attend = SharedPrefixAttend(rotary, prefix.mask, places, once.index)
+    hidden = policy.trunk(x[None], attend)[0]
+    # Valid positions come last in a prompt: its last one predicts token 0.
+    last = prefix.mask.sum(dim=1).cumsum(dim=0) - 1
+    first = hidden[: len(places)][last[once.index]]
+    rest = hidden[len(places) :].unflatten(0, fed.shape[:2])
+    return torch.cat([first[:, None], rest], dim=1)
+
+
+def _packed_hidden(
+    policy: Policy, conditions: Conditions, token_ids: Tensor, attention: PackedAttention
+) -> Tensor:
+    prefix = policy.embed_conditions(conditions)
+    x = torch.cat([prefix.embeddings, policy.token_embedding(token_ids[:, :-1])], dim=1)
+    valid = F.pad(prefix.mask, (0, x.shape[1] - prefix.mask.shape[1]), value=True)
+    lengths = valid.sum(dim=1)
+    rows = valid.flatten().nonzero().squeeze(1)
+    attend = PackedAttend(
+        policy.rotary[rows % x.shape[1]], attention, lengths.tolist(), policy.shape.head_dim
+    )
+    hidden = policy.trunk(x.flatten(0, 1)[rows][None], attend)[0]
+    back = torch.arange(token_ids.shape[1], 0, -1, device=rows.device)
+    return hidden[lengths.cumsum(dim=0)[:, None] - back]
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # eq would compare tensors
+class SharedPrefixAttend:
+    """The valid positions of P distinct prompts, then N images that each follow one of them."""
+
+    rotary: Tensor  # [I, D / 2, 2] fp32, of the image positions
+    mask: Tensor  # [P, M] bool, True on valid positions, the last one always
+    places: Tensor  # [R] int64, where mask.flatten() is True
+    index: Tensor  # [N] int64, the prompt of an image
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """[1, R + N * I, 3, H, D] -> [1, R + N * I, H * D]."""
+        texts, images = qkv[0, : len(self.places)], qkv[0, len(self.places) :]
+        means = self._running_means(texts[:, 2])
+        images = images.unflatten(0, (len(self.index), len(self.rotary)))
+        q, k = rotate(images[:, :, :2], self.rotary).unbind(2)
+        # What an image sees of its text is what the text's last position saw.
+        counts = self.mask.sum(dim=1)[self.index]
+        out = attend_after_mean(q, k, images[:, :, 2], means[:, -1][self.index], counts)
+        read = means.flatten(0, 1)[self.places].to(qkv.dtype)
+        return torch.cat([read, out.flatten(0, 1)]).flatten(1)[None]
+
+    def _running_means(self, values: Tensor) -> Tensor:
+        """[R, H, D] -> [P, M, H, D] fp32: of the valid positions up to each."""
+        grid = values.new_zeros(self.mask.numel(), *values.shape[1:], dtype=torch.float32)
+        grid = grid.index_copy(0, self.places, values.float()).unflatten(0, self.mask.shape)
+        counts = self.mask.cumsum(dim=1).clamp(min=1)
+        return grid.cumsum(dim=1) / counts[:, :, None, None]
+
+
+def attend_after_mean(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, counts: Tensor) -> Tensor:
+    """Causal attention that also sees `counts` entries of score 0 whose values average `mean`.
+
+    Those entries weigh count * e^0 together, as one entry with the score log(count). Its key is
+    therefore zero where the others have theirs, and log(count) in a column of its own, in which
+    every query has a one; row 0 holds it, before all image keys, and row 0 of the queries is spare,
+    so that the plain causal pattern fits. Nothing is added to the scores by a mask: every kernel of
+    `scaled_dot_product_attention` can run it, forward and backward, through the public function, on
+    a GPU too. Joining on by the log-sum-exp would spare the wider rows, but the public function
+    does not return that, and its private forms differ by backend.
+
+    Log(count) is split into parts of 8 bits, each exact in bf16, which a kernel adds up in fp32.
+
+    Args:
+        q, k, v: [N, I, H, D], rotated.
+        mean: [N, H, D] fp32.
+        counts: [N] integer, at least 1.
+
+    Returns:
+        [N, I, H, D] in the dtype of q.
+    """
+    head_dim = q.shape[-1]
+    width = _next_multiple(head_dim + _BF16_PARTS)
+    parts = _bf16_parts(counts.log() * head_dim**0.5)
+    added = slice(head_dim, head_dim + _BF16_PARTS)
+    # On the right the columns, in front the row.
+    wider = (0, width - head_dim, 0, 0, 1, 0)
+    q, k = F.pad(q, wider), F.pad(k, wider)
+    with torch.no_grad():  # constants, where the padding has put zeros
+        q[..., added] = 1
+        k[:, 0, :, added] = parts[:, None]
+    v = F.pad(torch.cat([mean[:, None].to(v.dtype), v], dim=1), (0, width - head_dim))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5)
+    return out.transpose(1, 2)[:, 1:, :, :head_dim]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedAttend:
+    """Sequences of different lengths one behind the other, by a library's attention."""
+
+    rotary: Tensor  # [sum of lengths, D / 2, 2] fp32, of each row's position
+    attention: PackedAttention
+    lengths: list[int]  # of each sequence
+    head_dim: int
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """[1, sum of lengths, 3, H, D] -> [1, sum of lengths, H * D]."""
+        q, k = rotate(qkv[:, :, :2], self.rotary)[0].unbind(1)
+        missing = _next_multiple(self.head_dim) - self.head_dim
+        # Zeros add nothing to a score, and what they make of the values is cut off.
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, qkv[0, :, 2]))
+        out = self.attention(q, k, v, self.lengths, self.head_dim**-0.5)
+        return out[..., : self.head_dim].flatten(1)[None]
+
+
+def _next_multiple(size: int) -> int:
+    return -(-size // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+
+
+def _bf16_parts(x: Tensor) -> Tensor:
+    """[N] fp32 -> [N, 3] fp32 that sum to it, each of them exact in bf16."""
+    parts = []
+    for _ in range(_BF16_PARTS):
+        parts.append(x.bfloat16().float())
+        x = x - parts[-1]
+    return torch.stack(parts, dim=-1)
