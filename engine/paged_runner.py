@@ -26,6 +26,7 @@ from argrpo.engine.prefix import (
     collapse_prefixes,
     read_prefix_keys,
 )
+from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.schedule import Admission, Layout, Turn, turns
 from argrpo.engine.weights import weights_addresses
@@ -78,10 +79,11 @@ class _Draw(NamedTuple):
 class PagedRunner:
     """Runs draws of one policy over one pool of pages."""
 
-    def __init__(self, policy: Policy, plan: CachePlan) -> None:
+    def __init__(self, policy: Policy, plan: CachePlan, ranges: Ranges = no_ranges) -> None:
         """A plan whose image tokens start at entry 0 is for prefixes that collapse."""
         self._policy = policy
         self._plan = plan
+        self._ranges = ranges
         self._kind: _PrefixKind[Any] = _KEYED if plan.layout.first_entry else _COLLAPSED
         self._cond: PrefixMemory[Any] = PrefixMemory(self._kind.read)
         self._uncond: PrefixMemory[Any] = PrefixMemory(self._kind.read)
@@ -112,7 +114,9 @@ class PagedRunner:
         Raises (as soon as images are asked for):
             RuntimeError: images of another draw are still in the slots.
         """
-        return self._run(self._laid_out(request))
+        with self._ranges("prefill"):
+            draw = self._laid_out(request)
+        return self._run(draw)
 
     def _laid_out(self, request: DrawRequest) -> _Draw:
         policy, num_tokens = self._policy, self._policy.shape.num_image_tokens
@@ -131,15 +135,18 @@ class PagedRunner:
         return _Draw(request, layout, cond, uncond, num_guided)
 
     def _run(self, draw: _Draw) -> Iterator[Rollout]:
-        state = self._ready(draw)
+        state, last_step = self._ready(draw), 0
         try:
             for turn in turns(draw.layout, draw.request.num_images, draw.num_guided):
                 for admission in turn.admissions:
-                    self._admit(state, draw, admission)
+                    with self._ranges("admit"):
+                        self._admit(state, draw, admission)
                     draw.request.tokens.add(admission.num_images)
+                first_step, last_step = last_step + 1, last_step + turn.num_steps
                 num_branches = 2 if turn.is_guided else 1
-                _reserve(state, draw, turn, num_branches)
-                self._replay(draw.variant(num_branches), turn.num_steps)
+                with self._ranges(f"decode[{first_step}..{last_step}]"):
+                    _reserve(state, draw, turn, num_branches)
+                    self._replay(draw.variant(num_branches), turn.num_steps)
                 draw.request.tokens.add(sum(turn.counts.values()) * turn.num_steps)
                 for admission in turn.finished:
                     rollout = _collect(state, draw, admission)
@@ -174,7 +181,8 @@ class PagedRunner:
             for num_steps in _STEPS_PER_GRAPH:
                 if (variant, num_steps) not in self._steps:
                     step = partial(decode_steps, self._policy, state, variant, num_steps)
-                    self._steps[variant, num_steps] = capture_step(step, device)
+                    with self._ranges("capture"):
+                        self._steps[variant, num_steps] = capture_step(step, device)
         state.idle()  # what a capture ran to warm up has moved the positions on
         return state
 

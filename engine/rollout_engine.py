@@ -18,12 +18,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from argrpo.engine.cache_plan import plan_cache
+from argrpo.engine.cache_plan import CachePlan, plan_cache
 from argrpo.engine.conditions import Conditions, moved_to
 from argrpo.engine.draw_request import DrawRequest, Progress, check_request
 from argrpo.engine.paged_runner import PagedRunner
 from argrpo.engine.policy import Policy
 from argrpo.engine.prefix import has_zero_rotary_prefix
+from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout, concatenate, empty
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.engine.wave_runner import WaveRunner
@@ -66,6 +67,7 @@ class RolloutEngine:
         kv_bytes: int | None = None,
         deterministic: bool = False,
         paged: bool | None = None,
+        ranges: Ranges = no_ranges,
     ) -> None:
         """Plan the cache for a policy; its memory is taken at the first draw.
 
@@ -80,6 +82,8 @@ class RolloutEngine:
                 Costs the larger batches.
             paged: keep keys and values in pages and replay steps; None does so on a GPU, and for a
                 policy whose prefix must be kept as keys.
+            ranges: told what the engine is doing: prefill, capture, admit, decode[i..j] (i and
+                j count decode steps from 1, of a draw in pages, of a wave elsewhere).
 
         Raises:
             ValueError: a number out of range, `kv_bytes` too small for one image, or a policy with
@@ -103,9 +107,10 @@ class RolloutEngine:
         self._runner: Runner
         if paged:
             first_entry = 0 if collapses else policy.shape.prefix_len
-            self._runner = _paged_runner(policy, slots, page_size, kv_bytes, first_entry)
+            plan = _plan(policy, slots, page_size, kv_bytes, first_entry)
+            self._runner = PagedRunner(policy, plan, ranges)
         else:
-            self._runner = WaveRunner(policy, max_slots=slots, kv_bytes=kv_bytes)
+            self._runner = WaveRunner(policy, max_slots=slots, kv_bytes=kv_bytes, ranges=ranges)
         if deterministic and self.num_slots < slots:
             raise ValueError(
                 f"kv_bytes: expected room for {slots} images with deterministic=True, got room "
@@ -232,13 +237,13 @@ class RolloutEngine:
                 parts.close()
 
 
-def _paged_runner(
+def _plan(
     policy: Policy, max_slots: int, page_size: int, kv_bytes: int | None, first_entry: int
-) -> PagedRunner:
+) -> CachePlan:
     device = policy.head_weight.device
     if kv_bytes is None and device.type == "cuda":
         kv_bytes = int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
-    plan = plan_cache(
+    return plan_cache(
         policy.shape,
         max_slots=max_slots,
         page_size=page_size,
@@ -246,4 +251,3 @@ def _paged_runner(
         first_entry=first_entry,
         kv_bytes=kv_bytes,
     )
-    return PagedRunner(policy, plan)

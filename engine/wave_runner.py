@@ -16,8 +16,11 @@ from argrpo.engine.draw_request import DrawRequest
 from argrpo.engine.kv_cache import WaveCache, rows_within, slot_bytes
 from argrpo.engine.policy import Policy
 from argrpo.engine.prefix import PrefixMemory, PrefixStates, collapse_prefixes
+from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout
 from argrpo.kernels.guided_sampling import Draw, DrawKeys, guided_sample
+
+_STEPS_PER_RANGE = 64
 
 
 class _Wave(NamedTuple):
@@ -34,12 +37,20 @@ class _Wave(NamedTuple):
 class WaveRunner:
     """Runs draws of one policy; its prefix must have a rotary table of zeros."""
 
-    def __init__(self, policy: Policy, *, max_slots: int, kv_bytes: int | None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_slots: int,
+        kv_bytes: int | None,
+        ranges: Ranges = no_ranges,
+    ) -> None:
         """
         Raises:
             ValueError: `kv_bytes` holds not one guided image.
         """
         self._policy = policy
+        self._ranges = ranges
         self._num_rows = -(-max_slots // ROW_TILE) * ROW_TILE
         if kv_bytes is not None:
             self._num_rows = min(self._num_rows, rows_within(policy.shape, kv_bytes))
@@ -62,12 +73,12 @@ class WaveRunner:
 
     def draw(self, request: DrawRequest) -> Iterator[Rollout]:
         """Rollouts of the images in order, wave by wave; prefixes are read at the call."""
-        policy = self._policy
-        cond = self._cond.prefixes(policy, request.conditions)
-        uncond = None
-        if request.params.is_guided:
-            null = policy.null_conditions(request.conditions)
-            uncond = self._uncond.prefixes(policy, null)
+        policy, uncond = self._policy, None
+        with self._ranges("prefill"):
+            cond = self._cond.prefixes(policy, request.conditions)
+            if request.params.is_guided:
+                null = policy.null_conditions(request.conditions)
+                uncond = self._uncond.prefixes(policy, null)
         order = torch.arange(request.num_images, device=request.image_ids.device)
         waves = order.split(self.num_slots)
         return (self._draw_wave(request, cond, uncond, rows) for rows in waves)
@@ -77,12 +88,17 @@ class WaveRunner:
         self, request: DrawRequest, cond: PrefixStates, uncond: PrefixStates | None, rows: Tensor
     ) -> Rollout:
         """Draw some images, all positions in lockstep."""
-        wave = self.start_wave(request, cond, uncond, rows)
-        draws = [self._first_draw(wave)]
+        with self._ranges("admit"):
+            wave = self.start_wave(request, cond, uncond, rows)
+            draws = [self._first_draw(wave)]
         request.tokens.add(len(rows))
-        for position in range(1, self._policy.shape.num_image_tokens):
-            draws.append(self.step(wave, draws[-1].token_ids, position))
-            request.tokens.add(len(rows))
+        num_tokens = self._policy.shape.num_image_tokens
+        for first in range(1, num_tokens, _STEPS_PER_RANGE):
+            positions = range(first, min(first + _STEPS_PER_RANGE, num_tokens))
+            with self._ranges(f"decode[{positions[0]}..{positions[-1]}]"):
+                for position in positions:
+                    draws.append(self.step(wave, draws[-1].token_ids, position))
+                    request.tokens.add(len(rows))
         return _collect(request, rows, draws)
 
     def start_wave(
