@@ -16,21 +16,28 @@ AttentionName = Literal["sdpa", "flash_attn", "xformers"]
 
 
 class PackedAttention(Protocol):
-    """Causal attention inside each of several sequences."""
+    """Causal attention inside each of some sequences, whose lengths it knows."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Queries, keys and values [sum of lengths, H, D], D a multiple of 8 -> the same shape."""
         ...
 
 
-def packed_attention(name: AttentionName) -> PackedAttention:
-    """The function of a library.
+def packed_attention(
+    name: AttentionName, lengths: list[int], device: torch.device
+) -> PackedAttention:
+    """The function of a library, for all layers of a pass.
+
+    Args:
+        name: any but sdpa.
+        lengths: positions of each sequence, on the host.
+        device: where the sequences are.
 
     Raises:
-        ValueError: it is not installed, or does not fit this torch.
+        ValueError: the library is not installed, or does not fit this torch.
     """
     try:
-        return _flash_attn() if name == "flash_attn" else _xformers()
+        return (_flash_attn if name == "flash_attn" else _xformers)(lengths, device)
     except ImportError as error:
         raise ValueError(
             f"policy.attention: expected an installed package, got {name} ({error}); "
@@ -46,7 +53,7 @@ def check_attention(name: AttentionName, device: torch.device, dtype: torch.dtyp
     """
     if name == "sdpa":
         return
-    packed_attention(name)
+    packed_attention(name, [1], torch.device("cpu"))
     if device.type != "cuda":
         raise ValueError(f"policy.attention: expected sdpa on a {device.type}, got {name}")
     if name == "flash_attn" and dtype == torch.float32:
@@ -55,28 +62,28 @@ def check_attention(name: AttentionName, device: torch.device, dtype: torch.dtyp
         )
 
 
-def _flash_attn() -> PackedAttention:
+def _flash_attn(lengths: list[int], device: torch.device) -> PackedAttention:
     from flash_attn import flash_attn_varlen_func
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
-        ends = torch.tensor([0, *lengths], device=q.device).cumsum(0, dtype=torch.int32)
-        out: Tensor = flash_attn_varlen_func(
-            *(q, k, v, ends, ends, max(lengths), max(lengths)), softmax_scale=scale, causal=True
-        )
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    sequences = (ends, ends, max(lengths), max(lengths))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out: Tensor = flash_attn_varlen_func(q, k, v, *sequences, softmax_scale=scale, causal=True)
         return out
 
     return attend
 
 
-def _xformers() -> PackedAttention:
+def _xformers(lengths: list[int], device: torch.device) -> PackedAttention:
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
-        bias = BlockDiagonalCausalMask.from_seqlens(lengths, device=q.device)
-        out: Tensor = memory_efficient_attention(
-            q[None], k[None], v[None], attn_bias=bias, scale=scale
-        )
+    bias = BlockDiagonalCausalMask.from_seqlens(lengths, device=device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        row = (q[None], k[None], v[None])
+        out: Tensor = memory_efficient_attention(*row, attn_bias=bias, scale=scale)
         return out[0]
 
     return attend

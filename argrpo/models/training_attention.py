@@ -54,7 +54,7 @@ def whole_image_hidden(
         ValueError: the package is missing.
     """
     if attention != "sdpa":
-        return _packed_hidden(policy, conditions, token_ids, packed_attention(attention))
+        return _packed_hidden(policy, conditions, token_ids, attention)
     # A class is one position: plain causal attention reads it as its first key.
     if policy.shape.prefix_len > 1 and has_zero_rotary_prefix(policy):
         return _shared_prefix_hidden(policy, conditions, token_ids)
@@ -92,15 +92,17 @@ def _shared_prefix_hidden(policy: Policy, conditions: Conditions, token_ids: Ten
 
 
 def _packed_hidden(
-    policy: Policy, conditions: Conditions, token_ids: Tensor, attention: PackedAttention
+    policy: Policy, conditions: Conditions, token_ids: Tensor, attention: AttentionName
 ) -> Tensor:
     prefix = policy.embed_conditions(conditions)
     x = torch.cat([prefix.embeddings, policy.token_embedding(token_ids[:, :-1])], dim=1)
     valid = F.pad(prefix.mask, (0, x.shape[1] - prefix.mask.shape[1]), value=True)
-    lengths = valid.sum(dim=1)
-    rows = valid.flatten().nonzero().squeeze(1)
+    rows, lengths = valid.flatten().nonzero().squeeze(1), valid.sum(dim=1)
     attend = PackedAttend(
-        policy.rotary[rows % x.shape[1]], attention, lengths.tolist(), policy.shape.head_dim
+        policy.rotary[rows % x.shape[1]],
+        # The libraries want the longest length, or all of them, on the host.
+        packed_attention(attention, lengths.tolist(), x.device),
+        policy.shape.head_dim,
     )
     hidden = policy.trunk(x.flatten(0, 1)[rows][None], attend)[0]
     back = torch.arange(token_ids.shape[1], 0, -1, device=rows.device)
@@ -179,7 +181,6 @@ class PackedAttend:
 
     rotary: Tensor  # [sum of lengths, D / 2, 2] fp32, of each row's position
     attention: PackedAttention
-    lengths: list[int]  # of each sequence
     head_dim: int
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class PackedAttend:
         missing = _next_multiple(self.head_dim) - self.head_dim
         # Zeros add nothing to a score, and what they make of the values is cut off.
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, qkv[0, :, 2]))
-        out = self.attention(q, k, v, self.lengths, self.head_dim**-0.5)
+        out = self.attention(q, k, v, self.head_dim**-0.5)
         return out[..., : self.head_dim].flatten(1)[None]
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from argrpo.engine.attention import CausalAttend, prefix_allowed
-from argrpo.engine.conditions import Conditions, TextFeatures
+from argrpo.engine.conditions import Conditions, TextFeatures, moved_to
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.training_attention import attend_after_mean
@@ -196,8 +196,8 @@ def test_bf16_is_as_exact_as_under_the_dense_mask() -> None:
 def test_a_gpu_gives_the_numbers_of_the_dense_mask(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, texts = make_policy(dim=128).to("cuda", dtype), make_texts()
-    texts = TextFeatures(texts.features.cuda(), texts.mask.cuda(), texts.rows.cuda())
+    policy = make_policy(dim=128).to("cuda", dtype)
+    texts = moved_to(make_texts(), torch.device("cuda"))
     token_ids = torch.randint(0, 24, (len(ORDER), 16), device="cuda")
     logprobs, gradients = scored(policy, texts, token_ids, DRAWS["guided"])
     monkeypatch.setattr(LlamaGen, "hidden", dense_hidden)
