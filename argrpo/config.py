@@ -1,6 +1,7 @@
 """The one tree of settings of a run. Frozen; refused at birth if a value is out of range.
 
-`argrpo train --config FILE.yaml` fills it; presets stand in argrpo/configs/.
+`argrpo train --config FILE.yaml` fills it; presets stand in argrpo/configs/. Over 300 lines because
+a setting is looked for here.
 """
 
 from dataclasses import dataclass, field
@@ -8,7 +9,9 @@ from typing import Literal
 
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.entropy_control import EntropyConfig
+from argrpo.eval_config import EvalConfig
 from argrpo.learner_config import ParityConfig, ReferenceConfig
+from argrpo.models.attention_backends import AttentionName
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.reward_config import AdvantageConfig, RewardConfig
 from argrpo.schedules import LearningRateConfig
@@ -37,6 +40,10 @@ class PolicyConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the working weights; masters, gradients and optimizer state are always fp32."""
+
+    attention: AttentionName = "sdpa"
+    """Of the training forward: PyTorch's, or a package of the extra `attention` (a GPU; flash_attn
+    in bfloat16 alone)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +223,9 @@ class TrainConfig:
     parity: ParityConfig = field(default_factory=ParityConfig)
     """Quirks of released codes."""
 
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is measured while the run goes on."""
+
     output: OutputConfig = field(default_factory=OutputConfig)
     """What the run leaves behind."""
 
@@ -304,4 +314,17 @@ def describe(config: TrainConfig) -> list[str]:
         f"{config.updates_per_step} optimizer step(s) a rollout, each over {micro_steps} "
         f"micro-batch(es) of {min(config.micro_batch, minibatch)}",
         f"{config.num_steps} steps, {total} images in all",
+        *_describe_eval(config),
+    ]
+
+
+def _describe_eval(config: TrainConfig) -> list[str]:
+    settings = config.eval
+    if not settings.is_on:
+        return []
+    count = sum(settings.is_due(step, config.num_steps) for step in range(config.num_steps + 1))
+    scales = settings.guidance_scales or [config.rollout.guidance_scale]
+    return [
+        f"{count} evaluation(s) of {settings.num_images} images at guidance "
+        f"{', '.join(f'{scale:g}' for scale in scales)}, one of them before the first step"
     ]

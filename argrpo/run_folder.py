@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and writing a file whole or not at all.
 
 config.yaml  metrics.jsonl  environment.json  samples/step_000100.png
-checkpoints/step_000100/    evaluation.json   report.html
+checkpoints/step_000100/    checkpoints/best  evaluations.jsonl  evaluation.json  report.html
 """
 
 import errno
@@ -77,8 +77,14 @@ class RunFolder:
     @property
     def holds_run(self) -> bool:
         """Whether a run has finished a step here. One that failed before may be tried again."""
-        begun = self.metrics_path.is_file() and self.metrics_path.stat().st_size > 0
-        return begun or (self.path / "checkpoints").exists()
+        if self.metrics_path.is_file() and self.metrics_path.stat().st_size > 0:
+            return True
+        checkpoints = self.path / "checkpoints"
+        if not checkpoints.is_dir():
+            return checkpoints.exists()
+        # The policy before training may be the best so far, and is no step.
+        base = (self.best_path, self.best_of(0))
+        return any(path not in base for path in checkpoints.iterdir())
 
     @property
     def config_path(self) -> Path:
@@ -97,6 +103,11 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def evaluations_path(self) -> Path:
+        """One object an evaluation while training, that of the policy before it included."""
+        return self.path / "evaluations.jsonl"
+
+    @property
     def report_path(self) -> Path:
         return self.path / "report.html"
 
@@ -112,6 +123,15 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The folder of the policy after a step."""
         return self.path / "checkpoints" / f"step_{step:06d}"
+
+    @property
+    def best_path(self) -> Path:
+        """The policy of the best evaluation: a link to a folder beside it."""
+        return self.path / "checkpoints" / "best"
+
+    def best_of(self, step: int) -> Path:
+        """The folder that `best_path` leads to while the best evaluation is that of a step."""
+        return self.path / "checkpoints" / f"best_step_{step:06d}"
 
     def discard_if_empty(self) -> None:
         """Remove the folder if nothing was left in it, as when a run was refused at its start."""
@@ -138,6 +158,30 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         _flush_to_disk(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def point_to(link: Path, folder: Path) -> None:
+    """Let a name lead to a folder beside it, from one moment to the next.
+
+    Args:
+        link: the name; where it leads somewhere already, it then leads here.
+        folder: stands whole; its files are on the disk before the name leads to them.
+
+    Raises:
+        StorageError: the disk is full or refused; the name leads where it did.
+    """
+    part = link.with_name(f".{link.name}.{os.getpid()}.part")
+    try:
+        for path in [*folder.iterdir(), folder]:
+            _flush_to_disk(path)
+        part.symlink_to(folder.name, target_is_directory=True)
+        os.replace(part, link)
+        _flush_to_disk(link.parent)
+    except OSError as error:
+        raise storage_error(link, error) from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

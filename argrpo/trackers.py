@@ -60,7 +60,7 @@ def make_trackers(config: TrainConfig, *, progress: bool) -> list[Tracker]:
 
 class JsonLinesTracker:
     """What a run folder always has: config.yaml, environment.json, and metrics.jsonl with one
-    object a step.
+    object a step. Evaluations also stand in evaluations.jsonl, the one before training only there.
 
     A value that is not finite becomes null, which every reader of JSON understands.
     """
@@ -68,6 +68,7 @@ class JsonLinesTracker:
     def __init__(self) -> None:
         self._file: FileIO | None = None
         self._path = Path()
+        self._evaluations_path = Path()
 
     def start(self, config: TrainConfig, folder: RunFolder) -> None:
         machine = json.dumps(environment(), indent=2) + "\n"
@@ -76,19 +77,20 @@ class JsonLinesTracker:
         write_atomically(folder.config_path, lambda part: part.write_text(settings))
         self._path = folder.metrics_path
         self._file = self._path.open("ab", buffering=0)
+        self._evaluations_path = folder.evaluations_path
+        # Of a run that failed in this folder before its first step.
+        self._evaluations_path.unlink(missing_ok=True)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if self._file is None:
             raise RuntimeError("metrics.jsonl: expected start() before log()")
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        line = json.dumps({"step": step, **values}) + "\n"
-        before = os.fstat(self._file.fileno()).st_size
-        try:
-            _write_all(self._file, line.encode())
-        except OSError as error:
-            # A reader of the file must never meet half a line.
-            self._file.truncate(before)
-            raise storage_error(self._path, error) from error
+        evaluated = {k: value for k, value in values.items() if k.startswith("eval/")}
+        if evaluated:
+            with self._evaluations_path.open("ab", buffering=0) as file:
+                _append_line(file, self._evaluations_path, {"step": step, **evaluated})
+        if step > 0:
+            _append_line(self._file, self._path, {"step": step, **values})
 
     def image(self, step: int, name: str, path: Path) -> None:
         """The file lies in the run folder already."""
@@ -191,6 +193,16 @@ def _package(name: str, requirement: str) -> Any:
             f"output.trackers: expected {name} to be installed, got no module {error.name}; "
             f"pip install '{requirement}', or leave it out"
         ) from error
+
+
+def _append_line(file: FileIO, path: Path, values: dict[str, Any]) -> None:
+    before = os.fstat(file.fileno()).st_size
+    try:
+        _write_all(file, (json.dumps(values) + "\n").encode())
+    except OSError as error:
+        # A reader of the file must never meet half a line.
+        file.truncate(before)
+        raise storage_error(path, error) from error
 
 
 def _write_all(file: FileIO, data: bytes) -> None:

@@ -19,16 +19,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from argrpo.best_checkpoint import BestCheckpoint
 from argrpo.config import TrainConfig
 from argrpo.data import Prompt, load_prompts
 from argrpo.engine.conditions import moved_to
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.entropy_control import make_entropy_control
+from argrpo.evaluation.during_training import Evaluation
 from argrpo.image_files import save_grid
 from argrpo.learner import Learner
 from argrpo.memory_preflight import MemoryForecast, available_bytes, forecast_memory
 from argrpo.model_paths import blamed_on, resolve_path
+from argrpo.models.attention_backends import check_attention
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
 from argrpo.models.pairing import check_pair
 from argrpo.pixels import seen_by_judges
@@ -48,6 +51,7 @@ class TrainResult(NamedTuple):
 
     policy_path: Path  # the folder of the tuned policy, for load_policy
     metrics: dict[str, float]  # of the last step
+    best_path: Path | None = None  # the folder of the best policy, where one is kept
 
 
 class Trainer:
@@ -67,6 +71,7 @@ class Trainer:
         """
         self.config = config
         self._device = choose_device(config.device)
+        check_attention(config.policy.attention, self._device, _DTYPES[config.policy.dtype])
         self._trackers = make_trackers(config, progress=False) if trackers is None else trackers
         self._clock = StepClock(self._device)
         # First, so that a taken folder is known before minutes go into loading models.
@@ -106,6 +111,16 @@ class Trainer:
             num_steps=config.num_steps,
             vocab_size=self.policy.config.vocab_size,
         )
+        self._load_evaluation()
+
+    def _load_evaluation(self) -> None:
+        settings = self.config.eval
+        self._evaluation: Evaluation | None = None
+        self._best: BestCheckpoint | None = None
+        if settings.is_on:
+            self._evaluation = Evaluation(self.config, self._prompts, self._device)
+            if settings.best_metric is not None:
+                self._best = BestCheckpoint(self._folder, settings.best_metric, settings.best_mode)
 
     def describe_memory(self) -> list[str]:
         """What an optimizer step will hold and which micro-batch fits, in words.
@@ -149,15 +164,23 @@ class Trainer:
             for tracker in self._trackers:
                 tracker.start(self.config, self._folder)
             self._show_samples(0)
+            if base := self._evaluate(0):
+                self._log(0, base)
+                self._keep_best(0, base)
             for step in range(self.config.num_steps):
-                metrics = self._train_step(step)
-                for tracker in self._trackers:
-                    tracker.log(step + 1, metrics)
+                metrics = {**self._train_step(step), **self._evaluate(step + 1)}
+                self._log(step + 1, metrics)
+                self._keep_best(step + 1, metrics)
                 self._leave_files(step + 1)
         finally:
             for tracker in self._trackers:
                 tracker.close()
-        return TrainResult(self._folder.checkpoint(self.config.num_steps), metrics)
+        best = self._folder.best_path if self._folder.best_path.is_dir() else None
+        return TrainResult(self._folder.checkpoint(self.config.num_steps), metrics, best)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
 
     def _train_step(self, step: int) -> dict[str, float]:
         """One rollout iteration: the whole method in a few lines."""
@@ -206,6 +229,17 @@ class Trainer:
             repeated = [p for p in prompts for _ in range(self.config.images_per_prompt)]
             seen = seen_by_judges(images, self.config.tokenizer.pixels)
             return self._judges.score(seen, repeated, with_monitors=self._is_shown(step + 1))
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self._evaluation is None or not self.config.eval.is_due(step, self.config.num_steps):
+            return {}
+        with self._learner.averaged():
+            return self._evaluation.measure(self.engine, self._tokenizer)
+
+    def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
+        if self._best is not None and self._best.improves(metrics):
+            with self._learner.averaged():
+                self._best.save(self.policy, step, metrics)
 
     def _is_shown(self, step: int) -> bool:
         every = self.config.output.sample_every

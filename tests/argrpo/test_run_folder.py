@@ -8,7 +8,7 @@ import pytest
 
 from argrpo.config import TrainConfig
 from argrpo.config_files import parse_config
-from argrpo.run_folder import RunFolder, StorageError, config_text, write_atomically
+from argrpo.run_folder import RunFolder, StorageError, config_text, point_to, write_atomically
 
 
 def test_a_new_folder_is_made_with_its_parents_and_left_empty(tmp_path: Path) -> None:
@@ -32,6 +32,16 @@ def test_a_run_that_failed_before_its_first_step_may_be_tried_again(tmp_path: Pa
     (tmp_path / "config.yaml").write_text("written before the first step")
     (tmp_path / "metrics.jsonl").write_text("")
     assert RunFolder.create(tmp_path).path == tmp_path
+
+
+def test_a_base_policy_that_was_the_best_before_the_first_step_is_no_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.best_of(0).mkdir(parents=True)
+    point_to(folder.best_path, folder.best_of(0))
+    assert RunFolder.create(tmp_path) == folder
+    folder.checkpoint(1).mkdir()
+    with pytest.raises(ValueError, match="output_dir: expected a folder without a run"):
+        RunFolder.create(tmp_path)
 
 
 def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path) -> None:
@@ -93,6 +103,26 @@ def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(
         write_atomically(path, lambda part: part.write_bytes(bytes(10_000)))
     assert path.read_text() == "old"
     assert [found.name for found in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_a_name_leads_to_one_whole_folder_after_the_other(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+        point_to(tmp_path / "best", tmp_path / name)
+        assert (tmp_path / "best" / "file").read_text() == name
+    # Relative, so that the folder of the run can be moved.
+    assert (tmp_path / "best").readlink() == Path("second")
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "first", "second"}
+
+
+def test_a_name_that_is_taken_by_a_folder_stays(tmp_path: Path) -> None:
+    for name in ("best", "new"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(StorageError, match="best: expected a file that can be written"):
+        point_to(tmp_path / "best", tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "new"}
+    assert not (tmp_path / "best").is_symlink()
 
 
 def test_an_interrupt_while_writing_leaves_nothing(tmp_path: Path) -> None:

@@ -89,6 +89,29 @@ def test_a_number_that_is_not_finite_is_null_and_no_broken_json(
     assert rows(folder) == [{"step": 1, "loss": None, "kl": None, "reward": 1.0}]
 
 
+def test_evaluations_stand_apart_and_the_one_before_training_only_there(
+    config: TrainConfig, folder: RunFolder
+) -> None:
+    folder.path.mkdir(exist_ok=True)
+    folder.evaluations_path.write_text("of a run that failed before its first step")
+    tracker = JsonLinesTracker()
+    tracker.start(config, folder)
+    tracker.log(0, {"eval/frechet": 3.0})
+    assert not folder.holds_run
+    tracker.log(1, {"reward": 0.5})
+    tracker.log(2, {"reward": 0.5, "eval/frechet": float("nan")})
+    tracker.close()
+    lines = folder.evaluations_path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 0, "eval/frechet": 3.0},
+        {"step": 2, "eval/frechet": None},
+    ]
+    assert rows(folder) == [
+        {"step": 1, "reward": 0.5},
+        {"step": 2, "reward": 0.5, "eval/frechet": None},
+    ]
+
+
 def test_a_full_disk_leaves_whole_lines_only(
     config: TrainConfig,
     folder: RunFolder,

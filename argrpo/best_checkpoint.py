@@ -1,0 +1,79 @@
+"""The policy of the best evaluation of a run, kept under checkpoints/best."""
+
+import json
+import logging
+import math
+import shutil
+from typing import Literal
+
+from argrpo.models.llamagen import LlamaGen
+from argrpo.models.loading import save_policy
+from argrpo.run_folder import RunFolder, point_to, write_atomically
+
+_LOG = logging.getLogger(__name__)
+
+
+class BestCheckpoint:
+    """Remembers the best value of a metric and keeps the policy that had it.
+
+    checkpoints/best is a link to a folder beside it, and changes from one whole policy to the next
+    in a moment. Its best.json says the step and what was measured.
+    """
+
+    def __init__(self, folder: RunFolder, metric: str, mode: Literal["max", "min"]) -> None:
+        self._folder = folder
+        self._metric = metric
+        self._mode = mode
+        self._value: float | None = None
+
+    def improves(self, metrics: dict[str, float]) -> bool:
+        """Whether metrics hold a better value than all before; the first finite one is."""
+        value = metrics.get(self._metric)
+        if value is None:
+            return False
+        if not math.isfinite(value):
+            _LOG.warning(
+                "%s: expected a finite number to choose the best policy by, got %s; the one that "
+                "is kept stays",
+                self._metric,
+                value,
+            )
+            return False
+        if self._value is None:
+            return True
+        return value > self._value if self._mode == "max" else value < self._value
+
+    def save(self, policy: LlamaGen, step: int, metrics: dict[str, float]) -> None:
+        """Keep the policy in place of the one before.
+
+        Args:
+            policy: with the weights that were measured.
+            step: after which it stands; 0 is before training.
+            metrics: of which eval/... and the metric's own value are written beside it.
+
+        Raises:
+            StorageError, OSError: the disk is full or refused; the policy before is still there.
+        """
+        kept = self._folder.best_of(step)
+        # Left by a run in this folder that failed before its first step.
+        shutil.rmtree(kept, ignore_errors=True)
+        value = metrics[self._metric]
+        record = {
+            "step": step,
+            "metric": self._metric,
+            "mode": self._mode,
+            "value": value,
+            "metrics": {
+                name: number if math.isfinite(number) else None
+                for name, number in metrics.items()
+                if name.startswith("eval/")
+            },
+        }
+        text = json.dumps(record, indent=2) + "\n"
+        save_policy(policy, kept)
+        write_atomically(kept / "best.json", lambda part: part.write_text(text))
+        point_to(self._folder.best_path, kept)
+        for old in kept.parent.glob("best_step_*"):
+            if old != kept:
+                shutil.rmtree(old, ignore_errors=True)
+        self._value = value

@@ -1,0 +1,222 @@
+"""What a policy draws while it is trained, measured at fixed seeds and conditions.
+
+Nothing of it reaches the training: images, judges and random numbers are its own, and the weights
+are only read.
+
+Shapes: M images of an evaluation, J judges, C features.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from argrpo.config import TrainConfig
+from argrpo.data import Prompt, PromptSet
+from argrpo.engine.rollout_engine import RolloutEngine
+from argrpo.engine.sampling_params import SamplingParams
+from argrpo.evaluation.features import load_extractor
+from argrpo.evaluation.set_measures import SetMeasures
+from argrpo.model_paths import blamed_on, named_within, resolve_path
+from argrpo.models.vq import VQTokenizer
+from argrpo.pixels import seen_by_judges
+from argrpo.reward_config import RewardConfig
+from argrpo.rewards.protocols import DistributionReward, Reward
+from argrpo.rewards.registry import make_reward
+
+
+class _View(NamedTuple):
+    """A way to draw, and what its metrics begin with."""
+
+    prefix: str
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Looks:
+    """What was seen of the images of one view."""
+
+    scores: Tensor  # [M, J] fp32 on the CPU, NaN = not scored
+    features: Tensor | None  # [M, C]
+    entropy: float  # nats a token, of the distribution drawn from
+
+
+class Evaluation:
+    """Draws from the policy as it is, and measures. The first call is of the base policy."""
+
+    def __init__(self, config: TrainConfig, prompts: PromptSet, device: torch.device) -> None:
+        """Load judges, network and references.
+
+        Raises:
+            ValueError: a judge, moments or a metric's name that do not fit, named.
+            FileNotFoundError: a path is not there.
+        """
+        settings = config.eval
+        self._config, self._device = config, device
+        self._prompts = spread(prompts.prompts, settings.num_images)
+        self._conditions = prompts.conditions(self._prompts, 1)
+        self._seed = evaluation_seed(settings.seed)
+        self._views = _views(settings.guidance_scales, config.rollout)
+        # Building a network draws random weights before those of its file come.
+        with _own_randomness(device):
+            self._judges = [_judge(judge, device, config.cache_dir) for judge in settings.judges]
+            self._measures = _set_measures(config, device)
+        names = [judge.name for judge in self._judges]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                "eval.judges: expected each judge to be logged under a name of its own, got "
+                f"{', '.join(names)}; give one the option name, or take it out"
+            )
+        self._base: list[Tensor] = []  # scores [M, J] of each view, of the first call
+        best = settings.best_metric
+        if best is not None and best not in self.names:
+            raise ValueError(
+                f"eval.best_metric: expected one of {', '.join(self.names)}, got {best}"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all metrics, as they are logged."""
+        kinds = [f"{j.name}/{k}" for j in self._judges for k in ("mean", "std", "win_rate")]
+        kinds += [] if self._measures is None else self._measures.names
+        return [f"{view.prefix}{kind}" for view in self._views for kind in [*kinds, "entropy"]]
+
+    @torch.no_grad()
+    def measure(self, engine: RolloutEngine, tokenizer: VQTokenizer) -> dict[str, float]:
+        """Draw and measure.
+
+        Returns:
+            A value for each of `names`, NaN where nothing could be measured; and eval/seconds.
+        """
+        started = time.perf_counter()
+        with _own_randomness(self._device):
+            looks = [self._look(engine, tokenizer, view.params) for view in self._views]
+        if not self._base:
+            self._base = [look.scores for look in looks]
+        metrics: dict[str, float] = {}
+        for view, look, base in zip(self._views, looks, self._base, strict=True):
+            found = {**self._judged(look.scores, base), "entropy": look.entropy}
+            if self._measures is not None and look.features is not None:
+                found |= self._measures.measure(look.features)
+            metrics |= {f"{view.prefix}{kind}": value for kind, value in found.items()}
+        return {**metrics, "eval/seconds": time.perf_counter() - started}
+
+    def _look(
+        self, engine: RolloutEngine, tokenizer: VQTokenizer, params: SamplingParams
+    ) -> _Looks:
+        """Images are decoded, seen and let go, as many at a time as a step of the training has."""
+        rollout = engine.draw(self._conditions, params, seed=self._seed)
+        scores, features = [], []
+        count, settings = self._config.images_per_step, self._config.tokenizer
+        for start in range(0, len(rollout), count):
+            part = rollout.token_ids[start : start + count]
+            images = tokenizer.decode(part, decode_batch=settings.decode_batch)
+            seen = seen_by_judges(images, settings.pixels)
+            scores.append(self._score(seen, self._prompts[start : start + count]))
+            if self._measures is not None:
+                features.append(self._measures.features(seen))
+        together = torch.cat(features) if features else None
+        return _Looks(torch.cat(scores), together, rollout.entropies.mean().item())
+
+    def _score(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        columns = [judge(images, prompts).float().cpu() for judge in self._judges]
+        for judge, column in zip(self._judges, columns, strict=True):
+            if column.shape != (len(prompts),):
+                raise ValueError(
+                    f"eval.judges.{judge.name}: expected scores of shape [{len(prompts)}], "
+                    f"got {list(column.shape)}"
+                )
+        return torch.stack(columns, dim=1) if columns else torch.empty(len(prompts), 0)
+
+    def _judged(self, scores: Tensor, base: Tensor) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for judge, column, before in zip(
+            self._judges, scores.unbind(1), base.unbind(1), strict=True
+        ):
+            scored = column[column.isfinite()]
+            found[f"{judge.name}/mean"] = scored.mean().item()
+            found[f"{judge.name}/std"] = scored.std().item() if len(scored) > 1 else 0.0
+            found[f"{judge.name}/win_rate"] = win_rate(column, before)
+        return found
+
+
+def win_rate(scores: Tensor, base: Tensor) -> float:
+    """How often a score is above that of the base, from 0 to 1.
+
+    Args:
+        scores: [M], NaN = not scored.
+        base: [M], of the same seeds and conditions.
+
+    Returns:
+        A tie counts half; pairs with a score that is not finite do not count. NaN without a pair.
+    """
+    counted = scores.isfinite() & base.isfinite()
+    wins = (scores > base).double() + 0.5 * (scores == base).double()
+    return wins[counted].mean().item()
+
+
+def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """`count` prompts: each equally often, or evenly spaced ones where there are more."""
+    size = len(prompts)
+    if count < size:
+        return [prompts[place * size // count] for place in range(count)]
+    return [prompts[place % size] for place in range(count)]
+
+
+def evaluation_seed(seed: int) -> int:
+    """64 bits hashed from eval.seed; no draw of a training has them."""
+    digest = hashlib.blake2b(f"evaluation {seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _views(scales: list[float], drawn: SamplingParams) -> list[_View]:
+    first, *others = scales or [drawn.guidance_scale]
+    views = [_View("eval/", replace(drawn, guidance_scale=first))]
+    for scale in others:
+        params = replace(drawn, guidance_scale=scale)
+        views.append(_View(f"eval/guidance_{scale:g}/", params))
+    return views
+
+
+def _judge(config: RewardConfig, device: torch.device, cache_dir: str | None) -> Reward:
+    try:
+        judge = make_reward(config, device, cache_dir)
+    except (ValueError, FileNotFoundError) as error:
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        raise kind(str(error).replace("rewards.", "eval.judges.", 1)) from error
+    if isinstance(judge, DistributionReward):
+        raise ValueError(
+            f"eval.judges: expected judges that score images one by one, got {judge.name}; "
+            "eval.features_path and eval.reference measure distances between sets"
+        )
+    return judge
+
+
+def _set_measures(config: TrainConfig, device: torch.device) -> SetMeasures | None:
+    settings = config.eval
+    if settings.features_path is None or settings.reference is None:
+        return None
+    path = resolve_path(settings.features_path, config.cache_dir)
+    with named_within("eval"):
+        extractor = load_extractor(settings.features, path, device=device)
+    with blamed_on("eval.reference"):
+        return SetMeasures(
+            extractor,
+            settings.reference,
+            image_size=settings.image_size,
+            neighbours=settings.neighbours,
+            device=device,
+        )
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """What draws random numbers inside leaves torch's generators as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
