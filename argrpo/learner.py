@@ -18,6 +18,7 @@ from torch import Tensor
 
 from argrpo.advantages import Advantages
 from argrpo.config import TrainConfig
+from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.experience import Experience
@@ -56,11 +57,16 @@ class _Update(NamedTuple):
 class Learner:
     """Holds what moves the policy: the objective, the reference, the optimizer."""
 
-    def __init__(self, policy: LlamaGen, config: TrainConfig) -> None:
-        """The reference is the policy as it is now; without a KL there is none."""
+    def __init__(self, policy: LlamaGen, config: TrainConfig, ranges: Ranges = no_ranges) -> None:
+        """The reference is the policy as it is now; without a KL there is none.
+
+        `ranges` is told of reference, forward, backward and optimizer.
+        """
         self._policy = policy
+        self._ranges = ranges
         self._config = config
         policy.checkpoints_layers = config.gradient_checkpointing
+        policy.attention = config.policy.attention
         has_kl = config.objective.beta > 0
         self._reference = Reference(policy, config.reference) if has_kl else None
         self._optimizer = MasterAdamW(
@@ -94,7 +100,7 @@ class Learner:
         tokens = tokens_to_score(rollout, objective.policy)
         reference = None
         if self._reference is not None:
-            with self._reference.on_device() as model:
+            with self._ranges("reference"), self._reference.on_device() as model:
                 reference = scored(model, tokens, self._config.micro_batch).logprobs
         used = advantages.used.flatten()
         values = advantages.components.flatten(0, 1)
@@ -178,19 +184,24 @@ class Learner:
 
     def _accumulate(self, tokens: TokensToScore, batch: LossBatch) -> LearnedBatch:
         """Forward and backward of a micro-batch; its gradient adds to that of the step."""
-        done = backward(
-            head_inputs(self._policy, tokens),
-            self._policy.head_weight,
-            self._optimizer.main_grad(self._head_name),
-            batch,
-            self._config.objective,
-            reversed_clip=self._config.parity.reversed_clip,
-        )
-        self._optimizer.accumulate()
+        with self._ranges("forward"):
+            inputs = head_inputs(self._policy, tokens)
+        # The head's forward pass is in here: it makes gradients where it can.
+        with self._ranges("backward"):
+            done = backward(
+                inputs,
+                self._policy.head_weight,
+                self._optimizer.main_grad(self._head_name),
+                batch,
+                self._config.objective,
+                reversed_clip=self._config.parity.reversed_clip,
+            )
+            self._optimizer.accumulate()
         return done
 
     def _step_optimizer(self, step: int) -> float:
-        grad_norm = float(self._optimizer.step(self._learning_rate(step)))
+        with self._ranges("optimizer"):
+            grad_norm = float(self._optimizer.step(self._learning_rate(step)))
         if not math.isfinite(grad_norm):
             raise NonFiniteError(
                 f"grad_norm: expected a finite number at step {step + 1}, got {grad_norm}; the "

@@ -6,6 +6,7 @@ whether the packages do is a question for a machine that has them.
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from argrpo.config import PolicyConfig, RewardConfig, TokenizerConfig, TrainConfig
 from argrpo.engine.conditions import TextFeatures, moved_to
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.learner import Learner
 from argrpo.models.attention_backends import AttentionName, check_attention, packed_attention
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+from argrpo.trainer import Trainer
 
 PREFIX_LEN = 10
 LENGTHS = torch.tensor([2, 10, 7])
@@ -184,6 +188,35 @@ def test_a_missing_package_is_refused_with_the_extra_that_brings_it(name: Attent
     with pytest.raises(ValueError, match=message):
         check_attention(name, torch.device("cuda"), torch.bfloat16)
     check_attention("sdpa", CPU, torch.float32)
+
+
+def run_config(output_dir: str, attention: AttentionName) -> TrainConfig:
+    return TrainConfig(
+        output_dir=output_dir,
+        policy=PolicyConfig(path="not there", attention=attention),
+        tokenizer=TokenizerConfig(path="not there"),
+        rewards=[RewardConfig(name="clip")],
+        device="cpu",
+    )
+
+
+@pytest.mark.usefixtures("missing")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_is_refused_before_anything_is_read_or_written(
+    name: AttentionName, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"policy.attention: .*argrpo\[attention\]"):
+        Trainer(run_config(str(tmp_path / "run"), name))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_policy_and_reference_attend_as_the_run_says() -> None:
+    policy = class_policy()
+    learner = Learner(policy, run_config("unused", "flash_attn"))
+    assert learner._reference is not None
+    with learner._reference.on_device() as reference:
+        assert (policy.attention, reference.attention) == ("flash_attn", "flash_attn")
 
 
 @pytest.mark.usefixtures("stand_ins")
