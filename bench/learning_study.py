@@ -5,9 +5,10 @@
     python bench/learning_study.py --summary    the table and the plots again, from the rows alone
 
 One row for each training, appended to OUTPUT/rows.jsonl as soon as it is measured: seed by seed, so
-that a study that was cut is still balanced. First comes the frontier, on a seed of its own: the
-weight of LOO-FID is chosen there by `chosen_weight` and then held for all seeds. What the arms are
-stands in study_arms.py, what is measured in study_measures.py, the claims in study_claims.py.
+that a study that was cut is still balanced. First come the judge alone and some weights of LOO-FID
+on the first seed: `chosen_weight` takes one of them by a rule, and it is held for all seeds. Last
+come more weights, which only the frontier shows. What the arms are stands in study_arms.py, what is
+measured in study_measures.py, the claims in study_claims.py.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from result_rows import Row, append_row, environment, rows_in
 from study_arms import ARMS, WITH_LOOFID, Job, train
-from study_claims import chosen_weight, summary
+from study_claims import CANDIDATES, chosen_weight, summary
 from study_measures import BASE_SCALES, SCALES, measure
 from study_plots import draw_plots
 
@@ -29,38 +30,48 @@ from argrpo.digits.assets import DigitsAssets, default_cache_dir, digits_assets
 
 RESULTS = Path(__file__).parent / "results" / "learning"
 SMOKE = Path(__file__).parents[1] / "runs" / "learning_smoke"
-PILOT_SEED = 100
-"""Of the frontier; no seed of the arms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """How much a study does."""
 
-    steps: int = 64
+    steps: int = 56
     group: int = 8
     seeds: tuple[int, ...] = (0, 1, 2)
-    frontier: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
-    """Weights of LOO-FID tried on the pilot seed; 0 is the reward for entropy alone."""
+    weights: tuple[float, ...] = CANDIDATES
+    """Of LOO-FID, tried on the first seed for the arms to take one."""
 
-    evaluation_images: int = 1000
+    more_weights: tuple[float, ...] = (0.0, 4.0)
+    """Of the frontier alone; 0 is the reward for entropy without LOO-FID."""
+
+    evaluation_images: int = 600
 
 
-SIZES = {"full": Size(), "smoke": Size(steps=12, seeds=(0,), frontier=(), evaluation_images=300)}
+SIZES = {
+    "full": Size(),
+    "smoke": Size(steps=12, seeds=(0,), weights=(1.0,), more_weights=(), evaluation_images=300),
+}
 
 
 def planned(size: Size, rows: list[Row]) -> Iterator[Job]:
     """All trainings in their order; the weight comes from the rows of those before it."""
     sizes = {"steps": size.steps, "group": size.group}
-    if size.frontier:
-        yield Job(arm="judge", seed=PILOT_SEED, **sizes)
-    for weight in size.frontier:
-        yield Job(arm="judge_loofid", seed=PILOT_SEED, loo_fid_weight=weight, **sizes)
-    weight = chosen_weight(rows, PILOT_SEED)
+    first = size.seeds[0]
+    yield Job(arm="judge", seed=first, **sizes)
+    for weight in size.weights:
+        yield Job(arm="judge_loofid", seed=first, loo_fid_weight=weight, **sizes)
+    chosen = chosen_weight(rows)
     for seed in size.seeds:
         for arm in ARMS:
-            own = weight if arm in WITH_LOOFID else 0.0
-            yield Job(arm=arm, seed=seed, loo_fid_weight=own, **sizes)
+            yield Job(
+                arm=arm,
+                seed=seed,
+                loo_fid_weight=chosen if arm in WITH_LOOFID else 0.0,
+                **sizes,
+            )
+    for weight in size.more_weights:
+        yield Job(arm="judge_loofid", seed=first, loo_fid_weight=weight, **sizes)
 
 
 def is_done(job: Job, rows: list[Row]) -> bool:
@@ -98,9 +109,9 @@ def main() -> None:
     rows = rows_in(path)
     if not rows:
         raise SystemExit(f"output: expected rows in {path}, got none; run the study first")
-    text = summary(rows, PILOT_SEED)
+    text = summary(rows)
     (output / "summary.md").write_text(text, encoding="utf-8")
-    draw_plots(rows, output, PILOT_SEED)
+    draw_plots(rows, output)
     print(text)
 
 

@@ -72,7 +72,7 @@ class Job:
     loo_fid_weight: float = 0.0
     """Of arms with LOO-FID, after normalisation, against 1 for the judge."""
 
-    steps: int = 64
+    steps: int = 56
     group: int = 8
     """Images of each digit in a step; every digit comes once a step."""
 
@@ -184,7 +184,7 @@ def train_config(job: Job, assets: DigitsAssets, folder: Path) -> TrainConfig:
         entropy=entropy,
         optimizer=OptimizerConfig(
             learning_rate=LearningRateConfig(
-                peak=2e-4, warmup_steps=5, schedule="cosine", final_fraction=0.1
+                peak=3e-4, warmup_steps=8, schedule="cosine", final_fraction=0.1
             )
         ),
         output=OutputConfig(sample_every=0, sample_images=1, save_every=0, trackers=[]),

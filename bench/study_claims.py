@@ -25,7 +25,8 @@ LEAST_RECALL_REGAINED = 0.5
 WINDOW = 8
 """Steps that a reward is averaged over before it is compared; one step's is too noisy."""
 
-_DEFAULT_WEIGHT = 1.0  # where there is no frontier to choose on
+CANDIDATES = (0.5, 1.0, 2.0)
+"""Weights of LOO-FID that the arms may take; the middle one where none was tried."""
 _TARGETS = (0.5, 0.9)  # of the way that the conditional arm's reward goes
 _DIGITS = {"frechet": 1, "entropy": 2}
 
@@ -42,17 +43,16 @@ def score(row: Row, measure: str, scale: float) -> float:
     raise ValueError(f"scale: expected one that {row['arm']} was measured at, got {scale:g}")
 
 
-def chosen_weight(rows: Sequence[Row], pilot_seed: int) -> float:
-    """The weight of LOO-FID for the arms, from the frontier on the pilot seed.
-
-    The largest recall among the weights that keep accuracy within 2 points of the judge alone;
-    where none does, the one that keeps most.
+def chosen_weight(rows: Sequence[Row]) -> float:
+    """The weight of LOO-FID for the arms: the largest recall among those tried on the first seed
+    that keep accuracy within 2 points of the judge alone; where none does, the one that keeps most.
     """
-    pilot = [row for row in rows if row["seed"] == pilot_seed]
-    judge = [score(row, "accuracy", GUIDANCE) for row in pilot if row["arm"] == "judge"]
-    tried = [row for row in pilot if row["loo_fid_weight"] > 0]
+    frontier = frontier_rows(rows)
+    judge = [score(row, "accuracy", GUIDANCE) for row in frontier if row["arm"] == "judge"]
+    # Weights that came later, for the picture alone, are no choice any more.
+    tried = [row for row in frontier if row["loo_fid_weight"] in CANDIDATES]
     if not judge or not tried:
-        return _DEFAULT_WEIGHT
+        return CANDIDATES[1]
     floor = judge[0] - MOST_ACCURACY_LOST
     keeping = [row for row in tried if score(row, "accuracy", GUIDANCE) >= floor]
     wanted = "recall" if keeping else "accuracy"
@@ -60,11 +60,19 @@ def chosen_weight(rows: Sequence[Row], pilot_seed: int) -> float:
     return float(best["loo_fid_weight"])
 
 
-def by_arm(rows: Sequence[Row], pilot_seed: int) -> dict[str, dict[int, Row]]:
-    """The rows of the arms by arm and seed, without the frontier's."""
+def frontier_rows(rows: Sequence[Row]) -> list[Row]:
+    """The judge alone and with LOO-FID at every weight, on the first seed, by weight."""
+    first = min((row["seed"] for row in rows), default=0)
+    own = [r for r in rows if r["seed"] == first and r["arm"] in ("judge", "judge_loofid")]
+    return sorted(own, key=lambda row: (row["arm"] != "judge", row["loo_fid_weight"]))
+
+
+def by_arm(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """The rows of the arms by arm and seed, of LOO-FID's those with the chosen weight."""
     arms: dict[str, dict[int, Row]] = {arm: {} for arm in ARMS}
+    chosen = chosen_weight(rows)
     for row in rows:
-        if row["seed"] != pilot_seed:
+        if row["arm"] not in WITH_LOOFID or row["loo_fid_weight"] == chosen:
             arms[row["arm"]][row["seed"]] = row
     return {arm: seeds for arm, seeds in arms.items() if seeds}
 
@@ -206,9 +214,9 @@ def _counted(images: float) -> str:
     return f"{images:,.0f}" if math.isfinite(images) else "never"
 
 
-def summary(rows: Sequence[Row], pilot_seed: int) -> str:
+def summary(rows: Sequence[Row]) -> str:
     """The whole page in Markdown: tables and claims."""
-    arms = by_arm(rows, pilot_seed)
+    arms = by_arm(rows)
     return "\n".join(
         [
             "# The learning study",
@@ -224,7 +232,7 @@ def summary(rows: Sequence[Row], pilot_seed: int) -> str:
             "",
             *[line for claim in claims(arms) for line in (claim, "")],
             *_base_table(arms.get("base", {})),
-            *_frontier_table(rows, pilot_seed),
+            *_frontier_table(rows),
         ]
     )
 
@@ -267,21 +275,20 @@ def _base_table(base: Mapping[int, Row]) -> list[str]:
     return [*lines, ""]
 
 
-def _frontier_table(rows: Sequence[Row], pilot_seed: int) -> list[str]:
-    pilot = [row for row in rows if row["seed"] == pilot_seed]
-    if not pilot:
+def _frontier_table(rows: Sequence[Row]) -> list[str]:
+    frontier = frontier_rows(rows)
+    if len(frontier) < 2:
         return []
     lines = [
-        f"## The frontier: seed {pilot_seed}, guidance {GUIDANCE:g}",
+        f"## The frontier: seed {frontier[0]['seed']}, guidance {GUIDANCE:g}",
         "",
         f"| rewards | {' | '.join(MEASURES)} |",
         f"|---|{'---|' * len(MEASURES)}",
     ]
-    for row in pilot:
+    for row in frontier:
         cells = " | ".join(cell([row], measure, GUIDANCE) for measure in MEASURES)
         lines.append(f"| {frontier_name(row)} | {cells} |")
-    chosen = chosen_weight(rows, pilot_seed)
-    return [*lines, "", f"Chosen for the arms, before their seeds: weight {chosen:g}.", ""]
+    return [*lines, "", f"Chosen for the arms: weight {chosen_weight(rows):g}.", ""]
 
 
 def frontier_name(row: Row) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from result_rows import Row
 from study_arms import ARMS, GUIDANCE
-from study_claims import WINDOW, by_arm, frontier_name, score
+from study_claims import WINDOW, by_arm, frontier_name, frontier_rows, score
 
 matplotlib.use("Agg")
 
@@ -18,16 +18,15 @@ _COLOURS = dict(
 )
 
 
-def draw_plots(rows: Sequence[Row], folder: Path, pilot_seed: int) -> None:
+def draw_plots(rows: Sequence[Row], folder: Path) -> None:
     """Write frontier.png, curves.png and guidance.png into a folder."""
-    arms = by_arm(rows, pilot_seed)
-    pilot = [row for row in rows if row["seed"] == pilot_seed]
-    _frontier(arms, pilot).savefig(folder / "frontier.png", dpi=110)
+    arms = by_arm(rows)
+    _frontier(arms, frontier_rows(rows)).savefig(folder / "frontier.png", dpi=110)
     _curves(arms).savefig(folder / "curves.png", dpi=110)
     _guidance(arms).savefig(folder / "guidance.png", dpi=110)
 
 
-def _frontier(arms: Mapping[str, Mapping[int, Row]], pilot: Sequence[Row]) -> Figure:
+def _frontier(arms: Mapping[str, Mapping[int, Row]], frontier: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for arm, seeds in arms.items():
@@ -42,10 +41,10 @@ def _frontier(arms: Mapping[str, Mapping[int, Row]], pilot: Sequence[Row]) -> Fi
             color=_COLOURS[arm],
             label=arm,
         )
-    if pilot:
-        points = [_point(row) for row in pilot]
+    if frontier:
+        points = [_point(row) for row in frontier]
         axes.plot(*zip(*points, strict=True), "kx--", linewidth=0.8, label="frontier, one seed")
-        for row, point in zip(pilot, points, strict=True):
+        for row, point in zip(frontier, points, strict=True):
             axes.annotate(
                 frontier_name(row), point, xytext=(5, 4), textcoords="offset points", fontsize=7
             )
