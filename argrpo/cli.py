@@ -105,7 +105,7 @@ def _train(arguments: list[str]) -> Callable[[], None]:
     from argrpo.trainer import Trainer
 
     lists = {"--rewards": "name", "--monitors": "name", "--data.classes": None}
-    lists |= {"--output.trackers": None}
+    lists |= {"--output.trackers": None, "--eval.judges": "name", "--eval.guidance_scales": None}
     config = parse_config(TrainConfig, arguments, command="argrpo train", lists=lists)
     config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
     # A judge of your own, my_rewards:score, may lie where the command was started. Last on the
@@ -120,6 +120,8 @@ def _train(arguments: list[str]) -> Callable[[], None]:
             print(line)
         result = trainer.train()
         print(f"tuned policy: {result.policy_path}")
+        if result.best_path is not None:
+            print(f"best by {config.eval.best_metric}: {result.best_path}")
         print(f"next: argrpo report {config.output_dir}")
 
     return run

@@ -171,10 +171,11 @@ def _with_joined_lists(arguments: Sequence[str], lists: Mapping[str, str | None]
     return joined
 
 
-def _scalar(word: str) -> int | str:
+def _scalar(word: str) -> int | float | str:
     with suppress(ValueError):
         return int(word)
-    return word
+    # Not by float(), to which names like nan and infinity are numbers.
+    return float(word) if re.fullmatch(r"[+-]?\d+\.\d+", word) else word
 
 
 def _in_one_line(message: str, flags: list[str]) -> str:

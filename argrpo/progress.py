@@ -1,5 +1,6 @@
 """What the terminal shows while a run goes: a bar, the numbers that matter, where the time goes."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,8 @@ def headline(metrics: dict[str, float]) -> list[tuple[str, str]]:
     for key in metrics:
         if key.startswith("monitors/") and key.endswith("/mean"):
             shown[key] = key.removeprefix("monitors/").removesuffix("/mean")
+        elif key == "eval/frechet" or re.fullmatch(r"eval/[^/]+/win_rate", key):
+            shown[key] = key.removeprefix("eval/").replace("/win_rate", " wins")
     shown |= {"kl": "kl", "entropy/draw": "entropy", "learning_rate": "lr"}
     return [(label, f"{metrics[key]:.4g}") for key, label in shown.items() if key in metrics]
 

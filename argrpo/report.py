@@ -12,6 +12,7 @@ from PIL import Image
 
 import argrpo
 from argrpo.report_charts import Series, bar_chart, line_chart, number, stacked_chart
+from argrpo.report_evaluations import evaluations
 from argrpo.report_page import PAGE, card, section
 from argrpo.run_folder import write_atomically
 from argrpo.run_record import RunRecord, read_run
@@ -50,6 +51,7 @@ def render(record: RunRecord) -> str:
         f'<div class="facts">{"".join(_facts(record))}</div>',
         section("Before and after", _before_and_after(record)),
         section("Measured on fresh samples", _evaluation(record)),
+        section("Evaluated along the run", evaluations(record)),
         section("Curves", _charts(record)),
         section("Samples through time", _samples(record)),
         section("How it was run", _settings(record)),

@@ -72,6 +72,7 @@ tr:last-child th, tr:last-child td { border-bottom: 0; }
 th { font-weight: 500; color: var(--soft); white-space: nowrap; }
 td.num, th.num { text-align: right; white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
+.wide { overflow-x: auto; }
 .small table { font-size: 13.5px; }
 .pair.small th, .pair.small td { font-size: 12.5px; padding-top: 3px; padding-bottom: 3px; }
 .small th:first-child { white-space: normal; }

@@ -22,7 +22,11 @@ class RunRecord:
     config_text: str
     environment: dict[str, str]
     evaluation: dict[str, Any]
-    """Empty if the run was not evaluated."""
+    """Of base and tuned policy, once a run was over; empty where that was not done."""
+    evaluations: list[dict[str, float | None]]
+    """evaluations.jsonl: those along the run, the one before training with step 0."""
+    best: dict[str, Any]
+    """What best.json says of the best policy; empty where none was kept."""
     samples: list[tuple[int, Path]]
     """The grids through time, by step."""
 
@@ -62,6 +66,8 @@ def read_run(path: Path) -> RunRecord:
         config_text=text,
         environment=_object(folder.environment_path),
         evaluation=_object(folder.evaluation_path),
+        evaluations=_rows(folder.evaluations_path),
+        best=_object(folder.best_path / "best.json"),
         samples=sorted(
             (int(file.stem.removeprefix("step_")), file)
             for file in folder.samples_path.glob("step_[0-9]*.png")
@@ -70,6 +76,8 @@ def read_run(path: Path) -> RunRecord:
 
 
 def _rows(path: Path) -> list[dict[str, float | None]]:
+    if not path.is_file():
+        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     # A run that was killed may leave a last line without its end; what it says is not known.
     whole = [line for line in lines if line.endswith("\n") and line.strip()]

@@ -81,6 +81,10 @@ def test_flags_and_files_reach_every_setting() -> None:
     words += ["--eval.judges", '[{"name": "clip"}]', "--eval.best_metric", "eval/clip/mean"]
     config = parse_config(TrainConfig, words, command="argrpo train", lists={}).eval
     assert (config.every, config.guidance_scales, config.judges[0].name) == (7, [1.5, 2.0], "clip")
+    typed = ["--config", "digits.yaml", "--eval.guidance_scales", "1.5", "2"]
+    lists = {"--eval.guidance_scales": None}
+    config = parse_config(TrainConfig, typed, command="argrpo train", lists=lists).eval
+    assert config.guidance_scales == [1.5, 2.0]
     off = parse_config(TrainConfig, [*words, "--eval.every", "null"], command="x", lists={})
     assert not off.eval.is_on
     with pytest.raises(ValueError, match=r"^eval\.every: expected at least 1"):

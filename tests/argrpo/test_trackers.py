@@ -21,7 +21,7 @@ from argrpo.config import (
     TrainConfig,
 )
 from argrpo.image_files import save_grid
-from argrpo.progress import ProgressTracker, stage_progress
+from argrpo.progress import ProgressTracker, headline, stage_progress
 from argrpo.run_folder import RunFolder, StorageError
 from argrpo.trackers import (
     JsonLinesTracker,
@@ -281,3 +281,14 @@ def test_a_preparation_with_nothing_to_do_shows_nothing() -> None:
     with stage_progress(Console(file=stream, force_terminal=True)):
         pass
     assert stream.getvalue() == ""
+
+
+def test_a_person_sees_how_evaluations_go_with_the_guidance_of_the_first_scale() -> None:
+    metrics = {
+        "eval/judge/mean": 1.0,
+        "eval/judge/win_rate": 0.75,
+        "eval/guidance_1/judge/win_rate": 0.5,
+        "eval/frechet": 20.0,
+        "eval/guidance_1/frechet": 30.0,
+    }
+    assert headline(metrics) == [("judge wins", "0.75"), ("frechet", "20")]
