@@ -1,17 +1,20 @@
 """Milliseconds a step and images a second: our engine, the floor of a step, a peer, in one run.
 
     python bench/bench_rollout.py
+    python bench/bench_rollout.py --peer static_cache hf_static      beside loops of plain PyTorch
     python bench/bench_rollout.py --peer llamagen --peer_path DIR    beside LlamaGen's own sampler
     python bench/bench_rollout.py --models B XL 3B --images 8 64 128 --guidance_scale 2 1
+    python bench/bench_rollout.py --models XL --text_tokens 120 --peer static_cache
 
 The contenders take turns, because a machine's speed drifts by more than they differ: at every
 position A B C A B C ..., then whole rollouts A B. They have the same weights (random, at the
-published size), images, guidance, filters (none), dtype and threads. The floor is the matrix
-products and the attention of our step alone, as the library computes them in this very run; the
-limit is what the bytes and operations of a step take at the rates that this run measures first.
+published size; a row says where not), images, guidance, filters (none), dtype and threads. The
+floor is the matrix products and the attention of our step alone, as the library computes them in
+this very run; the limit is what the bytes and operations of a step take at the rates that this run
+measures first.
 
-Every model, number of images and guidance scale is a case. After each, one row a contender is
-appended to --output; bench/README.md says what its fields mean.
+Every model, image size, number of images and guidance scale is a case. After each, one row a
+contender is appended to --output; bench/README.md says what its fields mean.
 """
 
 import argparse
@@ -25,12 +28,12 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
-from llamagen_peer import LlamaGenPeer, PeerMissingError
 from result_rows import Row, append_row, environment, rows_like
 from rollout_contenders import MODELS, Case, Contender, Floor, OurEngine
+from rollout_peers import PEERS, Peer, forget_compiled, measured_peaks, peak_bytes, peers_of
 from rollout_rows import milliseconds, rows_of, table, with_limits
 from timing import Call, Ceilings, Clock, Timing, ceilings_of, clock_of, pinned_threads
-from turns import OtherWork, PeakMemory, measure_in_turns
+from turns import OtherWork, measure_in_turns
 
 from argrpo.environment import cpu_features, cpu_model
 from argrpo.models.llamagen import LlamaGen
@@ -38,17 +41,31 @@ from argrpo.models.llamagen import LlamaGen
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# How far the peer's logits may lie from ours, relative to their size: the rounding of a forward
-# pass, and in bf16 also that the peer mixes rounded logits where we mix hidden states.
-_SAME_LOGITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+def measured_case(
+    case: Case, policy: LlamaGen, ceilings: Ceilings, args: argparse.Namespace
+) -> tuple[list[Row], float]:
+    """The rows of a case, and how many cores worked for others meanwhile."""
+    forget_compiled(case.device)
+    # Before the others' work is counted: a compiler's processes would be among them.
+    peers = peers_of(case, policy, args.peer, args.peer_path)
+    others = OtherWork()
+    return run(case, policy, peers, ceilings, args), others.busy_cores()
 
 
-def run(case: Case, policy: LlamaGen, ceilings: Ceilings, args: argparse.Namespace) -> list[Row]:
+def run(
+    case: Case,
+    policy: LlamaGen,
+    peers: Sequence[Peer],
+    ceilings: Ceilings,
+    args: argparse.Namespace,
+) -> list[Row]:
     """Measure one case: one row a contender."""
     clock = clock_of(case.device)
     ours = OurEngine(case, policy)
-    drawing: list[Contender] = [ours, *peers_of(case, policy, args.peer, args.peer_path)]
-    peaks = {contender.name: peak_bytes(contender, case) for contender in drawing}
+    peaks = {ours.name: peak_bytes(ours, case)} | measured_peaks(peers, case)
+    peers = [peer for peer in peers if peer.name in peaks]
+    drawing: list[Contender] = [ours, *peers]
     whole: dict[str, Timing] = {}
     if args.rollouts:
         calls: dict[str, Call] = {contender.name: contender.rollout for contender in drawing}
@@ -57,44 +74,17 @@ def run(case: Case, policy: LlamaGen, ceilings: Ceilings, args: argparse.Namespa
         whole = measure_in_turns(calls, clock, warmup=warmup, samples=args.rollouts)
     for contender in drawing:
         contender.prepare()
-    steps = measure_steps([Floor(case, policy), *drawing], args.positions, clock, args.samples)
+    positions = args.positions or default_positions(case)
+    steps = measure_steps([Floor(case, policy), *drawing], positions, clock, args.samples)
     for contender in drawing:
         contender.finish()
+    facts = {peer.name: peer.facts for peer in peers}
     rows = with_limits(case, ceilings, rows_of(case, steps, whole, peaks))
+    rows = [row | facts.get(row["contender"], {}) for row in rows]
     if args.deterministic_images:
         wider = replace(case, images=args.deterministic_images)
         rows.append(deterministic_row(wider, policy, clock, args.samples))
     return rows
-
-
-def peers_of(case: Case, policy: LlamaGen, peer: str, path: Path | None) -> list[Contender]:
-    """The peer, after a look at its logits; one that is not there is a printed line."""
-    if peer == "none":
-        return []
-    try:
-        found = LlamaGenPeer(case, policy, path)
-    except PeerMissingError as error:
-        print(f"without the peer: {error}")
-        return []
-    token_ids = torch.zeros(case.images, 1, dtype=torch.int64, device=case.device)
-    expected = policy.logits(case.labels, token_ids, case.guidance_scale)[:, 0]
-    apart = float((found.first_logits() - expected).norm() / expected.norm())
-    if not apart <= _SAME_LOGITS[case.dtype]:
-        raise RuntimeError(
-            f"{found.name}: expected the logits of our policy within {_SAME_LOGITS[case.dtype]:g}, "
-            f"got a relative difference of {apart:.2g}"
-        )
-    return [found]
-
-
-def peak_bytes(contender: Contender, case: Case) -> int:
-    """Memory of a draw beside the weights: caches, and the last step."""
-    memory = PeakMemory(case.device)
-    contender.prepare()
-    contender.step(case.num_tokens - 1)
-    taken = memory.taken()
-    contender.finish()
-    return taken
 
 
 def measure_steps(
@@ -127,7 +117,7 @@ def deterministic_row(case: Case, policy: LlamaGen, clock: Clock, samples: int) 
     }
 
 
-def facts_of(case: Case, ceilings: Ceilings, threads: int) -> Row:
+def facts_of(case: Case, ceilings: Ceilings, threads: int, peers: Sequence[str]) -> Row:
     """What all rows of a run have in common."""
     facts: Row = {
         "bench": "rollout",
@@ -135,6 +125,8 @@ def facts_of(case: Case, ceilings: Ceilings, threads: int) -> Row:
         "weights": "random, the same for all",
         "model": case.model,
         "image_size": case.image_size,
+        "text_tokens": case.text_tokens,
+        "peers": sorted(peers),
         "images": case.images,
         "tokens": case.num_tokens,
         "guidance_scale": case.guidance_scale,
@@ -157,7 +149,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--models", nargs="+", choices=list(MODELS), default=["B"], help="published sizes")
-    add("--image_size", type=int, default=256, help="pixels a side, a multiple of 16")
+    add("--image_size", type=int, nargs="+", default=[256], help="pixels a side, 16 a token")
+    add("--text_tokens", type=int, default=0, help="of a text prefix; 0 draws classes")
     add("--images", type=int, nargs="+", default=[8], help="drawn at a time")
     add("--guidance_scale", type=float, nargs="+", default=[2.0], help="1 turns guidance off")
     add("--dtype", choices=list(DTYPES), help="bfloat16 on a GPU, float32 on a CPU")
@@ -167,8 +160,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--samples", type=int, default=15, help="timed steps at each position")
     add("--rollouts", type=int, default=1, help="whole rollouts of each contender; 0 skips them")
     add("--deterministic_images", type=int, help="to show its cost on: 32 on a CPU, else 0 (skip)")
-    add("--peer", choices=["none", "llamagen"], default="none")
-    add("--peer_path", type=Path, help="a checkout of the peer's repository")
+    add("--peer", nargs="+", choices=["none", *PEERS], default=["none"])
+    add("--peer_path", type=Path, help="a checkout of LlamaGen's repository")
     add("--output", type=Path, help="rows are appended here")
     add("--resume", action="store_true", help="leave out cases with rows of this commit in output")
     args = parser.parse_args(argv)
@@ -177,11 +170,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.output = args.output or RESULTS / f"rollout_{'gpu' if gpu else 'cpu'}.jsonl"
     if args.deterministic_images is None:
         args.deterministic_images = 0 if gpu else 32
-    num_tokens = (args.image_size // 16) ** 2
-    if args.positions is None:
-        quarters = {num_tokens * part // 4 for part in (1, 2, 3)}
-        args.positions = sorted({1, *quarters, num_tokens - 1})
-    outside = [position for position in args.positions if not 1 <= position < num_tokens]
+    args.peer = [name for name in args.peer if name != "none"]
+    num_tokens = min((image_size // 16) ** 2 for image_size in args.image_size)
+    outside = [position for position in args.positions or () if not 1 <= position < num_tokens]
     if outside:
         parser.error(f"--positions: expected 1 to {num_tokens - 1}, got {outside[0]}")
     return args
@@ -192,13 +183,15 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     return [
         Case(
             model=model,
-            image_size=args.image_size,
+            image_size=image_size,
             images=images,
             guidance_scale=guidance_scale,
             dtype=args.dtype,
             device=args.device,
+            text_tokens=args.text_tokens,
         )
         for model in args.models
+        for image_size in args.image_size
         for guidance_scale in args.guidance_scale
         for images in args.images
     ]
@@ -209,26 +202,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_cpu = args.device.type == "cpu"
     with pinned_threads(args.threads) if on_cpu else nullcontext():
         ceilings = ceilings_of(args.device, args.dtype)
-        for _model, cases in groupby(cases_of(args), key=attrgetter("model")):
+        for _policy, cases in groupby(cases_of(args), key=attrgetter("model", "image_size")):
             policy: LlamaGen | None = None
             for case in cases:
-                facts = facts_of(case, ceilings, args.threads)
+                facts = facts_of(case, ceilings, args.threads, args.peer)
                 if args.resume and is_measured(args.output, facts):
                     continue
                 policy = case.policy() if policy is None else policy
-                others = OtherWork()
-                rows = run(case, policy, ceilings, args)
-                facts["others_busy_cores"] = round(others.busy_cores(), 2)
+                rows, busy_cores = measured_case(case, policy, ceilings, args)
+                facts["others_busy_cores"] = round(busy_cores, 2)
                 print(", ".join(f"{name} {value}" for name, value in facts.items()))
                 print(table(rows), flush=True)
                 for row in rows:
                     append_row(args.output, {**facts, **row})
 
 
+def default_positions(case: Case) -> list[int]:
+    """The first step, the quarters and the last."""
+    quarters = {case.num_tokens * part // 4 for part in (1, 2, 3)}
+    return sorted({1, *quarters, case.num_tokens - 1})
+
+
 def is_measured(path: Path, facts: Row) -> bool:
     """Whether a case has rows of this commit, machine and dtype already."""
-    same = ("model", "image_size", "images", "guidance_scale", "dtype")
-    return any(all(row[key] == facts[key] for key in same) for row in rows_like(path, facts))
+    same = ("model", "image_size", "text_tokens", "images", "guidance_scale", "dtype", "peers")
+    return any(all(row.get(key) == facts[key] for key in same) for row in rows_like(path, facts))
 
 
 def _step(contender: Contender | Floor, position: int) -> Call:

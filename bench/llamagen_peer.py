@@ -13,16 +13,12 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from rollout_contenders import NUM_CLASSES, VOCAB_SIZE, Case, random_tokens
+from rollout_contenders import NUM_CLASSES, VOCAB_SIZE, Case, PeerMissingError, random_tokens
 from torch import Tensor
 
 from argrpo.models.llamagen import LlamaGen
 
 _MODEL_FILE = Path("autoregressive") / "models" / "gpt.py"
-
-
-class PeerMissingError(Exception):
-    """There is no such checkout; the message is for a person."""
 
 
 class LlamaGenPeer:
@@ -34,8 +30,10 @@ class LlamaGenPeer:
         """Build the peer's model with the weights of `policy`.
 
         Raises:
-            PeerMissingError: `path` holds no checkout that can be imported.
+            PeerMissingError: `path` holds no checkout that can be imported, or the work is of text.
         """
+        if case.text_tokens:
+            raise PeerMissingError(f"{self.name}: measured on class labels only")
         if path is None or not (path / _MODEL_FILE).is_file():
             raise PeerMissingError(
                 "peer_path: expected a checkout of github.com/FoundationVision/LlamaGen, "
@@ -58,25 +56,25 @@ class LlamaGenPeer:
         )
         model = model.to(device=case.device, dtype=case.dtype).eval()
         model.load_state_dict(_published_weights(policy))
-        self._model = model
+        self._model = self._run = model
         self._settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        self._at = torch.zeros(1, device=case.device, dtype=torch.int)
+        self.facts = {"how": "eager, its own loop; math attention; no log-prob"}
 
     def prepare(self) -> None:
         case = self._case
         rows = 2 * case.images if case.is_guided else case.images
         with torch.device(case.device):
             self._model.setup_caches(rows, 1 + case.num_tokens, case.dtype)
-        for layer in self._model.layers:
-            layer.attention.kv_cache.k_cache.normal_()
-            layer.attention.kv_cache.v_cache.normal_()
         self._tokens = random_tokens(case, case.images)[:, None]
+        self._randomise()
 
     @torch.no_grad()
     def step(self, position: int) -> object:
         """One turn of the sampler's own loop."""
-        at = torch.tensor([position], device=self._case.device, dtype=torch.int)
+        self._at.fill_(position)  # it counts on from here, in place
         return self._sampler.decode_n_tokens(
-            self._model, self._tokens, at, 1, self._case.guidance_scale, -1, **self._settings
+            self._run, self._tokens, self._at, 1, self._case.guidance_scale, -1, **self._settings
         )
 
     def finish(self) -> None:
@@ -85,7 +83,7 @@ class LlamaGenPeer:
     def rollout(self) -> object:
         case = self._case
         return self._sampler.generate(
-            self._model,
+            self._run,
             case.labels,
             case.num_tokens,
             cfg_scale=case.guidance_scale,
@@ -96,9 +94,7 @@ class LlamaGenPeer:
     def first_logits(self) -> Tensor:
         """[N, V] fp32 logits of token 0, guidance mixed, before the draw."""
         case = self._case
-        labels = case.labels
-        if case.is_guided:
-            labels = torch.cat([labels, torch.full_like(labels, NUM_CLASSES)])
+        labels = self._branches(case.labels)
         with torch.device(case.device):
             self._model.setup_caches(len(labels), 1 + case.num_tokens, case.dtype)
         logits, _ = self._model(None, labels, torch.arange(1, device=case.device))
@@ -108,6 +104,17 @@ class LlamaGenPeer:
             return logits[:, -1]
         cond, uncond = logits[:, -1].chunk(2)
         return uncond + case.guidance_scale * (cond - uncond)
+
+    def _branches(self, labels: Tensor) -> Tensor:
+        """[R] labels, with those of the null class where there is guidance."""
+        if not self._case.is_guided:
+            return labels
+        return torch.cat([labels, torch.full_like(labels, NUM_CLASSES)])
+
+    def _randomise(self) -> None:
+        for layer in self._model.layers:
+            layer.attention.kv_cache.k_cache.normal_()
+            layer.attention.kv_cache.v_cache.normal_()
 
 
 @contextmanager

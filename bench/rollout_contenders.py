@@ -34,6 +34,10 @@ _PRODUCTS = (
 )
 
 
+class PeerMissingError(Exception):
+    """A peer cannot be built here; the message is for a person."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """A published policy: FoundationVision/LlamaGen at ce98ec4, autoregressive/models/gpt.py."""

@@ -45,6 +45,13 @@ def with_limits(case: Case, ceilings: Ceilings, rows: Sequence[Row]) -> list[Row
     """The rows with how near each step, and the whole of them, came to what it must move."""
     sizes = case.step_sizes
     whole = least_rollout_us(sizes, case.num_tokens, ceilings) / 1e3
+    reading = {}
+    if case.text_tokens:
+        mean_entries = (case.num_tokens + 1) / 2 + case.text_tokens - 1
+        step = least_step_us(sizes, mean_entries, ceilings) / 1e6
+        reading = {
+            "limit_reading_prefix_images_per_s": round(case.images / step / case.num_tokens, 3)
+        }
     limited = []
     for row in rows:
         steps = [
@@ -58,6 +65,7 @@ def with_limits(case: Case, ceilings: Ceilings, rows: Sequence[Row]) -> list[Row
                 "steps": steps,
                 "limit_images_per_s": round(case.images / whole * 1e3, 3),
                 "percent_of_limit": round(100 * whole / row["steps_sum_ms"], 1),
+                **reading,
             }
         )
     return limited
@@ -66,9 +74,10 @@ def with_limits(case: Case, ceilings: Ceilings, rows: Sequence[Row]) -> list[Row
 def table(rows: Sequence[Row]) -> str:
     """Positions down, contenders across, then what they sum up to."""
     across = [row for row in rows if "steps_sum_ms" in row]
+    width = max(12, *(len(row["contender"]) + 2 for row in across))
 
     def line(label: str, cells: Sequence[object]) -> str:
-        return f"{label:>20}" + "".join(f"{cell:>12}" for cell in cells)
+        return f"{label:>20}" + "".join(f"{cell:>{width}}" for cell in cells)
 
     lines = [line("", [row["contender"] for row in across])]
     for i, step in enumerate(across[0]["steps"]):

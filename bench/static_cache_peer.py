@@ -74,7 +74,7 @@ class StaticCachePeer:
         elif compiled:
             how = self._compile_here()
         reads = "the whole static cache" if num_stretches == 1 else "the stretches in use"
-        self.note = f"{how}; reads {reads}; no entropy"
+        self.facts = {"how": f"{how}; reads {reads}; no entropy"}
 
     def _compile_here(self) -> str:
         """Compile for this CPU, and say how steps are made from now on."""

@@ -17,11 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 BENCH = Path(__file__).parents[2] / "bench"
 SCRIPTS = (
     "bench_rollout",
+    "hf_static_peer",
     "llamagen_peer",
+    "llamagen_variants",
     "result_rows",
     "rollout_contenders",
+    "rollout_peers",
     "rollout_rows",
     "roofline",
+    "static_cache_peer",
+    "static_decoder",
     "timing",
     "turns",
 )
@@ -233,13 +238,13 @@ def test_a_broken_peer_is_a_line_too(
 ) -> None:
     (checkout / "autoregressive" / "models" / "gpt.py").write_text("import no_such_module")
     case = scripts.case("flat")
-    assert scripts.bench.peers_of(case, flat_policy(case), "llamagen", checkout) == []
+    assert scripts.bench.peers_of(case, flat_policy(case), ["llamagen"], checkout) == []
     assert "cannot be imported: No module named 'no_such_module'" in capsys.readouterr().out
 
 
 def test_the_peer_draws_the_same_work_with_our_weights(scripts: Scripts, checkout: Path) -> None:
     case = scripts.case("flat")
-    (peer,) = scripts.bench.peers_of(case, flat_policy(case), "llamagen", checkout)
+    (peer,) = scripts.bench.peers_of(case, flat_policy(case), ["llamagen"], checkout)
     peer.prepare()
     assert peer.step(5) == ("step", [3, 1], [5])
     assert peer.rollout() == ("rollout", 3, 16)
@@ -250,7 +255,7 @@ def test_a_peer_with_other_logits_is_refused(scripts: Scripts, checkout: Path) -
     (checkout / "autoregressive" / "models" / "gpt.py").write_text(skewed, encoding="utf-8")
     case = scripts.case("flat")
     with pytest.raises(RuntimeError, match="llamagen: expected the logits of our policy within"):
-        scripts.bench.peers_of(case, flat_policy(case), "llamagen", checkout)
+        scripts.bench.peers_of(case, flat_policy(case), ["llamagen"], checkout)
 
 
 def test_contenders_take_turns_and_warm_turns_do_not_count(scripts: Scripts) -> None:
