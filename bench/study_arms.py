@@ -57,6 +57,9 @@ CURVES = {
 """What a row keeps of every step, by its name in the log."""
 
 GUIDANCE = 2.0
+VIEWS = 8
+"""Times that the control sees each real digit moved and turned in another way."""
+
 _PASSES = 3
 """Images of maximum likelihood for each image drawn: a guided draw is two passes, the reference one
 and an update three, so 2 would do by passes; 3 gives the control the longer time on a clock, too.
@@ -206,7 +209,7 @@ def more_likelihood(
     digits = load_split("policy")
     views = [digits.images] + [
         shift_and_rotate(digits.images, generator, max_shift=2.0, max_degrees=5.0).clamp_(0.0, 1.0)
-        for _ in range(7)
+        for _ in range(VIEWS - 1)
     ]
     token_ids = torch.cat([tokenizer.encode(view) for view in views])
     labels = digits.labels.repeat(len(views))
