@@ -3,11 +3,13 @@
 Counted: the policy, its reference and the average of its weights where they stand on the policy's
 device; masters, main gradients and Adam's moments; what a rollout's tokens carry; and the passes
 of a micro-batch. Passes are rehearsed, because what a layer keeps depends on its attention: the
-trunk on one and on two images, which gives a line, and the head on a whole micro-batch of zeros,
-whose logits are made a chunk at a time and do not grow. Not counted: judges and tokenizer, the
-engine's cache of keys and values, and the drawing itself.
+trunk on one image, on two of a prompt and on two of different prompts, which says what an image and
+what a text adds, and the head on a whole micro-batch of zeros, whose logits are made a chunk at a
+time and do not grow. Not counted: judges and tokenizer, the engine's cache of keys and values, and
+the drawing itself.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from argrpo.config import TrainConfig
-from argrpo.engine.conditions import Conditions, select
+from argrpo.engine.conditions import Conditions, TextFeatures, num_images, select
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.head_gradients import backward
 from argrpo.loss_batch import LossBatch, LossScale
@@ -30,18 +32,20 @@ _TOKEN_BYTES = 8 + 4 * _FP32
 
 
 class Line(NamedTuple):
-    """Bytes that grow with the images of a micro-batch."""
+    """Bytes that grow with the images of a micro-batch, and with the texts that they share."""
 
     fixed: float
     per_image: float
+    per_prompt: float = 0.0
 
     @classmethod
-    def through(cls, one: int, two: int) -> "Line":
-        """What one and two images take."""
-        return cls(fixed=2 * one - two, per_image=two - one)
+    def through(cls, one: int, same: int, other: int) -> "Line":
+        """What one image takes, two of one prompt, and two of different prompts."""
+        per_image, per_prompt = same - one, other - same
+        return cls(one - per_image - per_prompt, per_image, per_prompt)
 
-    def at(self, num_images: int) -> float:
-        return self.fixed + self.per_image * num_images
+    def at(self, num_images: int, num_prompts: int) -> float:
+        return self.fixed + self.per_image * num_images + self.per_prompt * num_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +60,12 @@ class MemoryForecast:
     trunk: Line  # the peak of a forward and backward pass of the trunk
     kept: Line  # by its forward pass, while the head works
     head: int
+    images_per_prompt: int = 1
 
     def peak(self, micro_batch: int) -> int:
         """Bytes at the fullest moment with micro-batches of so many images."""
-        passes = max(self.trunk.at(micro_batch), self.kept.at(micro_batch) + self.head)
+        images = (micro_batch, _most_prompts(micro_batch, self.images_per_prompt))
+        passes = max(self.trunk.at(*images), self.kept.at(*images) + self.head)
         moments = (self.gradients_before + passes, self.gradients)
         return int(self.weights + self.optimizer + self.rollout + max(moments))
 
@@ -102,7 +108,7 @@ def forecast_memory(
     Args:
         policy: before its first step, on its device.
         config: the run.
-        conditions: of at least two images, on the policy's device.
+        conditions: of all prompts, on the policy's device; the two longest are rehearsed.
     """
     images = config.images_per_step // config.minibatches
     micro_batch = min(config.micro_batch, images)
@@ -111,8 +117,7 @@ def forecast_memory(
     own = sum(p.nbytes for p in policy.parameters())
     is_fp32 = policy.head_weight.dtype == torch.float32
     is_single = micro_batch == images
-    tokens = _zero_tokens(policy, config, conditions)
-    trunk = [_trunk_use(policy, tokens, m) for m in (1, 2)]
+    rehearsed = _zero_tokens(policy, config, conditions)
     main_gradients = _FP32 * count
     # Those of a bf16 pass stand beside the main gradients of the passes before.
     beside = 0 if is_fp32 or is_single else own
@@ -123,9 +128,10 @@ def forecast_memory(
         gradients=main_gradients + beside,
         gradients_before=head_gradient if is_single else main_gradients,
         rollout=_rollout_bytes(policy, config),
-        trunk=Line.through(*(use.peak for use in trunk)),
-        kept=Line.through(*(_forward_use(policy, tokens, m).kept for m in (1, 2))),
+        trunk=Line.through(*(_trunk_use(policy, part).peak for part in rehearsed)),
+        kept=Line.through(*(_forward_use(policy, part).kept for part in rehearsed)),
         head=_head_use(policy, config, micro_batch).peak,
+        images_per_prompt=config.images_per_prompt,
     )
 
 
@@ -138,29 +144,50 @@ def available_bytes(device: torch.device) -> int:
     return int(kilobytes) * 1024
 
 
-def _zero_tokens(policy: LlamaGen, config: TrainConfig, conditions: Conditions) -> TokensToScore:
+def _zero_tokens(
+    policy: LlamaGen, config: TrainConfig, conditions: Conditions
+) -> list[TokensToScore]:
+    """One image, two of its prompt, and two of different prompts."""
     is_guided = config.objective.policy == "guided"
     params = config.rollout if is_guided else SamplingParams()
+    first, second = _longest(conditions)
     device = policy.head_weight.device
-    shape = (2, policy.shape.num_image_tokens)
-    token_ids = torch.zeros(shape, dtype=torch.int64, device=device)
-    first = select(conditions, torch.arange(2, device=device))
-    return TokensToScore(first, token_ids, params, None)
+    parts = []
+    for prompts in ([first], [first, first], [first, second]):
+        shape = (len(prompts), policy.shape.num_image_tokens)
+        token_ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        chosen = select(conditions, torch.tensor(prompts, device=device))
+        parts.append(TokensToScore(chosen, token_ids, params, None))
+    return parts
 
 
-def _forward_use(policy: LlamaGen, tokens: TokensToScore, num_images: int) -> MemoryUse:
-    rows = tokens.rows(torch.arange(num_images, device=tokens.token_ids.device))
-    return memory_use(lambda: head_inputs(policy, rows), tokens.token_ids.device)
+def _longest(conditions: Conditions) -> tuple[int, int]:
+    """The rows of the two longest texts; where there is one row only, twice that."""
+    last = num_images(conditions) - 1
+    if not isinstance(conditions, TextFeatures):
+        return 0, min(1, last)
+    order = conditions.mask[conditions.rows].bool().sum(dim=1).argsort(descending=True).tolist()
+    return order[0], order[min(1, last)]
 
 
-def _trunk_use(policy: LlamaGen, tokens: TokensToScore, num_images: int) -> MemoryUse:
+def _most_prompts(num_images: int, images_per_prompt: int) -> int:
+    """Of how many prompts so many neighbouring images of a step can be."""
+    # A micro-batch begins after a multiple of its size: at most so far inside a prompt's images.
+    inside = images_per_prompt - math.gcd(num_images, images_per_prompt)
+    return (inside + num_images - 1) // images_per_prompt + 1
+
+
+def _forward_use(policy: LlamaGen, tokens: TokensToScore) -> MemoryUse:
+    return memory_use(lambda: head_inputs(policy, tokens), tokens.token_ids.device)
+
+
+def _trunk_use(policy: LlamaGen, tokens: TokensToScore) -> MemoryUse:
     """Without the gradients of the weights, which come to be as activations go."""
-    rows = tokens.rows(torch.arange(num_images, device=tokens.token_ids.device))
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
     def run() -> None:
-        hidden = head_inputs(policy, rows).hidden
+        hidden = head_inputs(policy, tokens).hidden
         hidden.backward(torch.zeros_like(hidden))
 
     try:

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from argrpo.advantages import group_advantages
 from argrpo.config import PolicyConfig, ReferenceConfig, RewardConfig, TokenizerConfig, TrainConfig
+from argrpo.engine.conditions import TextFeatures, select
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.learner import Learner
@@ -25,11 +26,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "guided": {"micro_batch": 8, "objective": ObjectiveConfig(policy="guided"), "rollout": GUIDED},
     "more gradients than activations": {"micro_batch": 1, "minibatches": 16},
     "two passes": {"micro_batch": 16, "inner_epochs": 2},
+    "texts": {"micro_batch": 16},
+    "texts split between micro-batches": {"micro_batch": 6},
+    "guided texts": {
+        "micro_batch": 4,
+        "objective": ObjectiveConfig(policy="guided"),
+        "rollout": GUIDED,
+    },
     "bf16": {"micro_batch": 8, "policy": PolicyConfig(path="unused", dtype="bfloat16")},
 }
 
 
-def make_run(**settings: Any) -> tuple[LlamaGen, TrainConfig]:
+def make_run(*, prefix_len: int = 1, **settings: Any) -> tuple[LlamaGen, TrainConfig]:
     config = TrainConfig(
         **{
             "output_dir": "unused",
@@ -42,10 +50,21 @@ def make_run(**settings: Any) -> tuple[LlamaGen, TrainConfig]:
         }
     )
     sizes = {"dim": 64, "num_layers": 3, "num_heads": 4, "ffn_dim": 192, "vocab_size": 512}
-    policy = LlamaGen(LlamaGenConfig(**sizes, image_size=64, downsample=8, num_classes=10))
+    if prefix_len > 1:
+        sizes |= {"prefix_len": prefix_len, "caption_dim": 16}
+    kind = "c2i" if prefix_len == 1 else "t2i"
+    policy = LlamaGen(
+        LlamaGenConfig(**sizes, image_size=64, downsample=8, num_classes=10, model_type=kind)
+    )
     policy.to(torch.bfloat16 if config.policy.dtype == "bfloat16" else torch.float32)
     policy.checkpoints_layers = config.gradient_checkpointing
     return policy, config
+
+
+def make_texts() -> TextFeatures:
+    """One text of 60 positions and one nearly as long."""
+    mask = torch.arange(60) >= torch.tensor([[0], [5]])
+    return TextFeatures(torch.randn(2, 60, 16), mask)
 
 
 def allocated_peak(run: Any) -> int:
@@ -65,13 +84,15 @@ def allocated_peak(run: Any) -> int:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_forecast_is_within_5_percent_of_the_truth(name: str) -> None:
-    policy, config = make_run(**RUNS[name])
-    labels = torch.arange(2).repeat_interleave(8)
-    forecast = forecast_memory(policy, config, labels)
+    is_text = "text" in name
+    policy, config = make_run(**RUNS[name], prefix_len=60 if is_text else 1)
+    conditions = make_texts() if is_text else torch.arange(2)
+    forecast = forecast_memory(policy, config, conditions)
+    drawn = select(conditions, torch.arange(2).repeat_interleave(8))
     assert all(parameter.grad is None for parameter in policy.parameters())
     engine = RolloutEngine(policy, max_slots=16)
     support = config.objective.policy == "guided"
-    rollout = engine.draw(labels, config.rollout, seed=0, support=support)
+    rollout = engine.draw(drawn, config.rollout, seed=0, support=support)
     learner = Learner(policy, config)
     advantages = group_advantages(torch.randn(2, 8))
     # The first step makes the moments; from the second on everything stands.
@@ -104,6 +125,30 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
     assert forecast.largest_micro_batch(449, 8) == 1
     assert forecast.largest_micro_batch(10**6, 8) == 8
     assert forecast.largest_micro_batch(400, 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "num_prompts"), [(1, 1), (2, 1), (4, 1), (8, 2), (3, 2), (5, 2), (6, 2), (7, 3)]
+)
+def test_a_micro_batch_counts_every_text_that_it_may_touch(
+    micro_batch: int, num_prompts: int
+) -> None:
+    forecast = MemoryForecast(
+        *(0, 0, 0, 0, 0), Line(0, 0, per_prompt=1), Line(0, 0), head=0, images_per_prompt=4
+    )
+    rows = torch.arange(240) // 4
+    touched = [len(part.unique()) for part in rows.split(micro_batch)]
+    assert forecast.peak(micro_batch) == num_prompts == max(touched)
+
+
+def test_the_longest_texts_are_rehearsed_wherever_they_stand() -> None:
+    policy, config = make_run(prefix_len=60)
+    texts = make_texts()
+    mask = torch.cat([torch.arange(60)[None] >= 58, texts.mask])
+    among = TextFeatures(torch.randn(3, 60, 16), mask)
+    assert forecast_memory(policy, config, among) == forecast_memory(policy, config, texts)
+    alone = forecast_memory(policy, config, select(texts, torch.tensor([0])))
+    assert alone.trunk.per_prompt == 0
 
 
 def test_the_head_counts_where_its_chunk_is_larger_than_what_the_trunk_needs() -> None:
