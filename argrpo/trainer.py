@@ -131,7 +131,7 @@ class Trainer:
 
     @cached_property
     def _forecast(self) -> MemoryForecast:
-        conditions = self._prompts.conditions(self._prompts.prompts[:1], repeats=2)
+        conditions = self._prompts.conditions(self._prompts.prompts, repeats=1)
         return forecast_memory(self.policy, self.config, moved_to(conditions, self._device))
 
     def _bytes_for_a_step(self) -> int:
