@@ -13,6 +13,7 @@ from argrpo.eval_config import EvalConfig
 from argrpo.learner_config import ParityConfig, ReferenceConfig
 from argrpo.models.attention_backends import AttentionName
 from argrpo.objective_config import ObjectiveConfig
+from argrpo.profile_config import ProfileConfig
 from argrpo.reward_config import AdvantageConfig, RewardConfig
 from argrpo.schedules import LearningRateConfig
 
@@ -229,6 +230,9 @@ class TrainConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     """What the run leaves behind."""
 
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Which steps are traced."""
+
     def __post_init__(self) -> None:
         _at_least("prompts_per_step", self.prompts_per_step, 1)
         if self.images_per_prompt < 2:
@@ -237,6 +241,7 @@ class TrainConfig:
                 f"got {self.images_per_prompt}"
             )
         _at_least("num_steps", self.num_steps, 1)
+        self.profile.check_within(self.num_steps)
         _at_least("inner_epochs", self.inner_epochs, 1)
         _at_least("micro_batch", self.micro_batch, 1)
         if self.minibatches < 1 or self.images_per_step % self.minibatches:

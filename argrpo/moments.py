@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from argrpo.devices import choose_device
 from argrpo.evaluation.features import FeatureKind, load_extractor
 from argrpo.evaluation.moment_files import save_moments
 from argrpo.evaluation.moments import Moments
 from argrpo.evaluation.reference_moments import reference_moments
 from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.progress import Report, unreported
-from argrpo.trainer import choose_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from argrpo.config import DataConfig
 from argrpo.data import class_names, load_prompts
+from argrpo.devices import DTYPES, choose_device
 from argrpo.engine.conditions import Conditions
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
@@ -27,10 +28,8 @@ from argrpo.models.pairing import check_pair
 from argrpo.models.vq import VQTokenizer
 from argrpo.progress import Report, unreported
 from argrpo.run_folder import RunFolder, storage_error, write_atomically
-from argrpo.trainer import choose_device
 
 _DEFAULT_FOLDER = "samples"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SLOTS = 64  # images drawn at a time unless told otherwise
 _GRID_IMAGES = 128  # more would not be seen one by one, and are not all held in memory
 
@@ -185,7 +184,7 @@ def labels_of(names: list[str], source: str) -> list[int]:
 
 
 def _models(config: SampleConfig) -> tuple[LlamaGen, VQTokenizer]:
-    device, dtype = choose_device(config.device), _DTYPES[config.dtype]
+    device, dtype = choose_device(config.device), DTYPES[config.dtype]
     with blamed_on("policy"):
         policy = load_policy(
             resolve_path(config.policy, config.cache_dir),

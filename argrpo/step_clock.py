@@ -6,14 +6,20 @@ from contextlib import contextmanager
 
 import torch
 
+from argrpo.engine.ranges import Ranges, no_ranges
+
 PHASES = ("rollout", "decode", "reward", "logprob", "update")
 
 
 class StepClock:
-    """Wall time of a step, split by phase. On a GPU a phase ends when its work is done."""
+    """Wall time of a step, split by phase. On a GPU a phase ends when its work is done.
 
-    def __init__(self, device: torch.device) -> None:
+    A phase is a range of the same name for whoever profiles the run.
+    """
+
+    def __init__(self, device: torch.device, ranges: Ranges = no_ranges) -> None:
         self._device = device
+        self._ranges = ranges
         self._seconds: dict[str, float] = {}
         self._started = 0.0
 
@@ -24,11 +30,12 @@ class StepClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside to one of `PHASES`."""
-        started = self._now()
-        try:
-            yield
-        finally:
-            self._seconds[name] += self._now() - started
+        with self._ranges(name):
+            started = self._now()
+            try:
+                yield
+            finally:
+                self._seconds[name] += self._now() - started
 
     def finish_step(self, num_images: int, num_tokens: int) -> dict[str, float]:
         """step_time and time/<phase> in seconds, and what they amount to."""

@@ -16,12 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from argrpo.best_checkpoint import BestCheckpoint
 from argrpo.config import TrainConfig
 from argrpo.data import Prompt, load_prompts
+from argrpo.devices import DTYPES, choose_device
 from argrpo.engine.conditions import moved_to
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
@@ -38,12 +38,12 @@ from argrpo.pixels import seen_by_judges
 from argrpo.rewards.scoring import Judges, Scores
 from argrpo.run_folder import RunFolder
 from argrpo.step_clock import StepClock
+from argrpo.step_profile import StepProfile
 from argrpo.trackers import Tracker, make_trackers
 
 _LOG = logging.getLogger(__name__)
 # Of what an optimizer step leaves free: for graphs, decoding, judges at work.
 _SPARE_SHARE = 0.8
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TrainResult(NamedTuple):
@@ -71,12 +71,13 @@ class Trainer:
         """
         self.config = config
         self._device = choose_device(config.device)
-        check_attention(config.policy.attention, self._device, _DTYPES[config.policy.dtype])
+        check_attention(config.policy.attention, self._device, DTYPES[config.policy.dtype])
         self._trackers = make_trackers(config, progress=False) if trackers is None else trackers
-        self._clock = StepClock(self._device)
         # First, so that a taken folder is known before minutes go into loading models.
         self._folder = RunFolder.create(config.output_dir)
         try:
+            self.profile = StepProfile(config.profile, self._device, self._folder)
+            self._clock = StepClock(self._device, self.profile.ranges)
             self._load()
         except BaseException:
             self._folder.discard_if_empty()
@@ -91,19 +92,19 @@ class Trainer:
                 num_heads=config.policy.num_heads,
                 downsample=config.policy.downsample,
                 device=self._device,
-                dtype=_DTYPES[config.policy.dtype],
+                dtype=DTYPES[config.policy.dtype],
             )
         with blamed_on("tokenizer.path"):
             self._tokenizer = load_tokenizer(
                 resolve_path(config.tokenizer.path, config.cache_dir),
                 device=self._device,
-                dtype=_DTYPES[config.tokenizer.dtype],
+                dtype=DTYPES[config.tokenizer.dtype],
             )
         check_pair(self.policy, self._tokenizer)
         self._prompts = load_prompts(config.data)
         self.policy.check_conditions(self._prompts.conditions(self._prompts.prompts, repeats=1))
-        self._judges = Judges(config, self._device)
-        self._learner = Learner(self.policy, config)
+        self._judges = Judges(config, self._device, self.profile.ranges)
+        self._learner = Learner(self.policy, config, self.profile.ranges)
         self.engine = self._make_engine()
         self._entropy = make_entropy_control(
             config.entropy,
@@ -149,7 +150,11 @@ class Trainer:
             spare = int(_SPARE_SHARE * (self._bytes_for_a_step() - step))
             kv_bytes = spare if spare > 0 else None
         return RolloutEngine(
-            self.policy, max_slots=slots, kv_bytes=kv_bytes, deterministic=config.deterministic
+            self.policy,
+            max_slots=slots,
+            kv_bytes=kv_bytes,
+            deterministic=config.deterministic,
+            ranges=self.profile.engine_ranges,
         )
 
     def train(self) -> TrainResult:
@@ -168,10 +173,13 @@ class Trainer:
                 self._log(0, base)
                 self._keep_best(0, base)
             for step in range(self.config.num_steps):
-                metrics = {**self._train_step(step), **self._evaluate(step + 1)}
-                self._log(step + 1, metrics)
-                self._keep_best(step + 1, metrics)
-                self._leave_files(step + 1)
+                with self.profile.tracing(step):
+                    with self.profile.ranges("step"):
+                        metrics = self._train_step(step)
+                    metrics = {**metrics, **self._evaluate(step + 1)}
+                    self._log(step + 1, metrics)
+                    self._keep_best(step + 1, metrics)
+                    self._leave_files(step + 1)
         finally:
             for tracker in self._trackers:
                 tracker.close()
@@ -233,7 +241,7 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, float]:
         if self._evaluation is None or not self.config.eval.is_due(step, self.config.num_steps):
             return {}
-        with self._learner.averaged():
+        with self._learner.averaged(), self.profile.ranges("evaluation"):
             return self._evaluation.measure(self.engine, self._tokenizer)
 
     def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
@@ -253,9 +261,11 @@ class Trainer:
             return
         with self._learner.averaged():
             if self._is_shown(step):
-                self._show_samples(step)
+                with self.profile.ranges("samples"):
+                    self._show_samples(step)
             if is_saved:
-                save_policy(self.policy, self._folder.checkpoint(step))
+                with self.profile.ranges("checkpoint"):
+                    save_policy(self.policy, self._folder.checkpoint(step))
 
     def _show_samples(self, step: int) -> None:
         """A grid of the same conditions and seeds every time."""
@@ -281,15 +291,6 @@ class Trainer:
                 params.top_k,
                 params.top_p,
             )
-
-
-def choose_device(name: str) -> torch.device:
-    """auto takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected a CUDA GPU, got none; use --device cpu")
-    return torch.device(name)
 
 
 def draw_seed(run_seed: int, step: int) -> int:

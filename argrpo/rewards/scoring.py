@@ -8,6 +8,7 @@ from torch import Tensor
 from argrpo.advantages import Advantages, combine_rewards, group_advantages, normalise_then_sum
 from argrpo.config import TrainConfig
 from argrpo.data import Prompt
+from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.reward_config import AdvantageConfig, RewardConfig
 from argrpo.rewards.protocols import DistributionReward, Measuring, Restorable, Reward
 from argrpo.rewards.registry import make_reward
@@ -70,8 +71,12 @@ class Scores:
 class Judges:
     """The judges that a config names, loaded once."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, device: torch.device, ranges: Ranges = no_ranges
+    ) -> None:
+        """`ranges` is told which judge is at work."""
         self._config = config
+        self._ranges = ranges
         self._rewards = [self._make(judge, device) for judge in config.rewards]
         self._monitors = [self._make(judge, device) for judge in config.monitors]
         self._weights = torch.tensor([judge.weight for judge in config.rewards])
@@ -91,8 +96,8 @@ class Judges:
         monitors = self._monitors if with_monitors else []
         are_distribution = [isinstance(judge, DistributionReward) for judge in self._rewards]
         return Scores(
-            values=_scored(self._rewards, images, prompts),
-            monitored=_scored(monitors, images, prompts),
+            values=_scored(self._rewards, images, prompts, self._ranges),
+            monitored=_scored(monitors, images, prompts, self._ranges),
             names=[judge.name for judge in self._rewards],
             monitor_names=[judge.name for judge in monitors],
             weights=self._weights,
@@ -144,11 +149,12 @@ class Judges:
 
 
 @torch.no_grad()
-def _scored(judges: list[Judge], images: Tensor, prompts: list[Prompt]) -> Tensor:
+def _scored(judges: list[Judge], images: Tensor, prompts: list[Prompt], ranges: Ranges) -> Tensor:
     columns = []
     for judge in judges:
         score = judge.score if isinstance(judge, DistributionReward) else judge
-        scores = score(images, prompts)
+        with ranges(f"reward {judge.name}"):
+            scores = score(images, prompts)
         if scores.shape != (len(prompts),):
             raise ValueError(
                 f"rewards.{judge.name}: expected scores of shape [{len(prompts)}], "

@@ -19,6 +19,7 @@ from argrpo.config import (
     TrainConfig,
 )
 from argrpo.data import Prompt
+from argrpo.devices import choose_device
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.learner import NonFiniteError
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
@@ -27,7 +28,7 @@ from argrpo.models.vq import VQConfig, VQTokenizer
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.run_folder import RunFolder
 from argrpo.schedules import LearningRateConfig
-from argrpo.trainer import Trainer, choose_device, draw_seed
+from argrpo.trainer import Trainer, draw_seed
 
 
 def brighter_left(images: Tensor, prompts: list[Prompt]) -> Tensor:
