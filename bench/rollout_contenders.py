@@ -54,6 +54,7 @@ MODELS = {
     "XL": Sizes(1280, 36, 20, 3584),
     "XXL": Sizes(1536, 48, 24, 4096),
     "3B": Sizes(3200, 24, 32, 8704),
+    "small": Sizes(256, 4, 4, 768),  # unpublished: whole draws of many images on a CPU
 }
 
 
