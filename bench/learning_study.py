@@ -42,7 +42,7 @@ class Size:
     weights: tuple[float, ...] = CANDIDATES
     """Of LOO-FID, tried on the first seed for the arms to take one."""
 
-    more_weights: tuple[float, ...] = (0.0, 4.0)
+    more_weights: tuple[float, ...] = (0.0, 1.0, 4.0)
     """Of the frontier alone; 0 is the reward for entropy without LOO-FID."""
 
     evaluation_images: int = 600
@@ -50,7 +50,7 @@ class Size:
 
 SIZES = {
     "full": Size(),
-    "smoke": Size(steps=12, seeds=(0,), weights=(1.0,), more_weights=(), evaluation_images=300),
+    "smoke": Size(steps=12, seeds=(0,), weights=(2.0,), more_weights=(), evaluation_images=300),
 }
 
 

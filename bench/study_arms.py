@@ -60,10 +60,9 @@ GUIDANCE = 2.0
 VIEWS = 8
 """Times that the control sees each real digit moved and turned in another way."""
 
-_PASSES = 3
-"""Images of maximum likelihood for each image drawn: a guided draw is two passes, the reference one
-and an update three, so 2 would do by passes; 3 gives the control the longer time on a clock, too.
-The seconds of both are in the rows."""
+_PASSES = 2
+"""Images of maximum likelihood for each image drawn: a guided draw is two passes, the reference
+one, and an update three, in the control as in the others. The seconds of all are in the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +181,7 @@ def train_config(job: Job, assets: DigitsAssets, folder: Path) -> TrainConfig:
         rollout=drawn,
         advantage=AdvantageConfig(aggregation="normalize_kinds_then_sum"),
         objective=ObjectiveConfig(
-            policy="guided" if job.arm == "guided" else "conditional", beta=0.02
+            policy="guided" if job.arm == "guided" else "conditional", beta=0.1
         ),
         entropy=entropy,
         optimizer=OptimizerConfig(

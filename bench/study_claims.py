@@ -25,8 +25,8 @@ LEAST_RECALL_REGAINED = 0.5
 WINDOW = 8
 """Steps that a reward is averaged over before it is compared; one step's is too noisy."""
 
-CANDIDATES = (0.5, 1.0, 2.0)
-"""Weights of LOO-FID that the arms may take; the middle one where none was tried."""
+CANDIDATES = (0.5, 2.0)
+"""Weights of LOO-FID that the arms may take; the last, as released, where none was tried."""
 _TARGETS = (0.5, 0.9)  # of the way that the conditional arm's reward goes
 _DIGITS = {"frechet": 1, "entropy": 2}
 
@@ -52,7 +52,7 @@ def chosen_weight(rows: Sequence[Row]) -> float:
     # Weights that came later, for the picture alone, are no choice any more.
     tried = [row for row in frontier if row["loo_fid_weight"] in CANDIDATES]
     if not judge or not tried:
-        return CANDIDATES[1]
+        return CANDIDATES[-1]
     floor = judge[0] - MOST_ACCURACY_LOST
     keeping = [row for row in tried if score(row, "accuracy", GUIDANCE) >= floor]
     wanted = "recall" if keeping else "accuracy"
