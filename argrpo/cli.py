@@ -120,6 +120,8 @@ def _train(arguments: list[str]) -> Callable[[], None]:
             print(line)
         result = trainer.train()
         print(f"tuned policy: {result.policy_path}")
+        if trainer.profile.trace_path is not None:
+            print(f"trace: {trainer.profile.trace_path}")
         if result.best_path is not None:
             print(f"best by {config.eval.best_metric}: {result.best_path}")
         print(f"next: argrpo report {config.output_dir}")

@@ -67,7 +67,7 @@ class Summary(NamedTuple):
     span_ns: int
     gaps: list[int]
     kernels: list[KernelRow]  # most time first
-    ranges: list[RangeRow]  # in the order of their start
+    ranges: list[RangeRow]  # in the order of their start, those inside one another together
     num_outside: int  # activities outside the ranges that are counted
     on_gpu: bool
 
@@ -177,16 +177,24 @@ def _range_rows(trace: Trace, chosen: list[Range]) -> list[RangeRow]:
             current = later
         if current.start <= one.start and one.end <= current.end:
             windows[one.path].append(_window(trace.activities, one))
+    # A path that comes late still stands below the one that it lies in.
+    place = {path: index for index, path in enumerate(windows)}
     return [
         RangeRow(
             path,
-            len(found),
-            sum(window.span_ns for window in found),
-            sum(len(window.activities) for window in found),
-            sum(window.idle_ns for window in found),
+            len(windows[path]),
+            sum(window.span_ns for window in windows[path]),
+            sum(len(window.activities) for window in windows[path]),
+            sum(window.idle_ns for window in windows[path]),
         )
-        for path, found in windows.items()
+        for path in sorted(windows, key=lambda path: [place.get(up, -1) for up in _upwards(path)])
     ]
+
+
+def _upwards(path: str) -> list[str]:
+    """Each path that a path lies in, outermost first, and itself."""
+    names = path.split("/")
+    return ["/".join(names[: count + 1]) for count in range(len(names))]
 
 
 def _kernel_table(summary: Summary, work: str, top: int) -> list[str]:
@@ -209,21 +217,10 @@ def _kernel_table(summary: Summary, work: str, top: int) -> list[str]:
                 else "",
             ]
         )
-    left = summary.kernels[top:]
-    if left:
-        total = sum(row.total_ns for row in left)
-        rows.append(
-            [
-                f"({len(left)} others)",
-                str(sum(row.count for row in left)),
-                _ms(total),
-                "",
-                _percent(total, summary.span_ns),
-                _ms(sum(row.gap_ns for row in left)),
-                "",
-                "",
-            ]
-        )
+    if left := summary.kernels[top:]:
+        count, total = sum(row.count for row in left), sum(row.total_ns for row in left)
+        share, gap = _percent(total, summary.span_ns), _ms(sum(row.gap_ns for row in left))
+        rows.append([f"({len(left)} others)", str(count), _ms(total), "", share, gap, "", ""])
     return _aligned(head, rows)
 
 

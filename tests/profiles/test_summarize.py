@@ -224,6 +224,21 @@ def test_an_operation_on_the_cpu_counts_without_those_that_it_called(
     assert summary.num_outside == 1
 
 
+def test_a_range_that_comes_late_stands_below_the_one_it_lies_in(tmp_path: Path) -> None:
+    events = [
+        event("user_annotation", name, start, length)
+        for name, start, length in [
+            ("step", 0, 50), ("reward", 0, 20), ("reward clip", 1, 5), ("update", 30, 5),
+            ("step", 100, 50), ("reward", 100, 20), ("reward late", 101, 5), ("update", 130, 5),
+        ]
+    ]  # fmt: skip
+    events.append(event("cpu_op", "aten::mm", 2, 1))
+    summary = summary_of(chrome_trace(tmp_path / "trace.json", events))
+    assert [row.path for row in summary.ranges] == [
+        "step", "step/reward", "step/reward/reward clip", "step/reward/reward late", "step/update",
+    ]  # fmt: skip
+
+
 def test_a_gpu_trace_counts_kernels_and_not_the_operations_that_launched_them(
     tmp_path: Path,
 ) -> None:
