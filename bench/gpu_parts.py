@@ -2,10 +2,13 @@
 
 Proof that the kernels are right comes first, since nothing else counts without it; then the figures
 that decide: sampling, attention, rollouts, the loss head. Limits are twice what a part should take,
-most of it the compilation of kernels; all together they are three calls of nine minutes.
+most of it the compilation of kernels and peers; all together they should take four or five calls of
+nine minutes.
 """
 
 from dataclasses import dataclass
+
+LLAMAGEN = ".peers/LlamaGen"  # git-ignored; without a checkout there its peers are a printed line
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,20 @@ def _rollout(name: str, limit_s: float, *options: str) -> Part:
     output = "{results}/rollout_gpu.jsonl"
     script = ("bench/bench_rollout.py", "--device", "cuda", "--resume", "--output", output)
     return Part(f"rollout_{name}", (*script, *options), limit_s)
+
+
+def _peers(name: str, limit_s: float, *peers: str) -> Part:
+    """XL at its largest beside peers; each compiles all its layers, so few of them a part."""
+    return _rollout(
+        name, limit_s, "--models", "XL", "--images", "128", "--samples", "7",
+        "--peer", *peers, "--peer_path", LLAMAGEN,
+    )  # fmt: skip
+
+
+def _trunk(limit_s: float, *options: str) -> Part:
+    output = "{results}/trunk_gpu.jsonl"
+    script = ("bench/bench_trunk.py", "--device", "cuda", "--resume", "--output", output)
+    return Part("trunk", (*script, *options), limit_s)
 
 
 def _sweep(op: str) -> Part:
@@ -67,13 +84,30 @@ PARTS = (
     _rollout("xl", 150, "--models", "XL", "--images", "128", "64", "8",
              "--guidance_scale", "2", "1"),
     _kernels("loss", 100, "token_logprobs", "fixed_scale_gradients"),
+    _peers("llamagen", 150, "llamagen", "llamagen_graph"),
+    _peers("static_cache", 200, "static_cache"),
+    _rollout("text", 240, "--models", "XL", "--images", "128", "--text_tokens", "120",
+             "--peer", "static_cache"),
+    _tests("training", 60, "tests/argrpo/test_training_attention.py", marked="gpu"),
+    _trunk(120, "--models", "XL", "B", "--text_tokens", "0", "120"),
     _rollout("b_3b", 150, "--models", "B", "3B", "--images", "128", "8",
              "--guidance_scale", "2", "1"),
     _rollout("xl_384", 120, "--models", "XL", "--images", "64", "--image_size", "384"),
+    Part("slots", ("bench/bench_slots.py", "--device", "cuda",
+                   "--output", "{results}/slots_gpu.jsonl"), 150),
     _tests("engine", 100, "tests/engine", "tests/bench", marked="gpu"),
     _kernels("groups", 80, "logprob_gradients", "grouped_logprob_kl"),
     _kernels("layers", 80, "rmsnorm", "rmsnorm_residual", "swiglu", "guided_hidden",
              "layernorm", "layernorm_residual", "bias_gelu"),
+    _peers("hf_static", 240, "hf_static"),
+    _peers("llamagen_compiled", 300, "llamagen_compiled"),
+    _peers("static_cache_4", 400, "static_cache_4"),
+    _rollout("b_peers", 240, "--models", "B", "--images", "128", "8", "--peer", "static_cache",
+             "hf_static", "llamagen", "llamagen_graph", "--peer_path", LLAMAGEN),
+    _rollout("l_xxl", 200, "--models", "L", "XXL", "--images", "128", "8",
+             "--guidance_scale", "2", "1"),
+    _rollout("sizes_384", 240, "--models", "B", "L", "XXL", "3B", "--images", "64",
+             "--image_size", "384"),
     _sweep("paged_attention"),
     _sweep("sample_head"),
     _sweep("fused_rows"),
