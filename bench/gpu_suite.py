@@ -172,22 +172,28 @@ def table(suite: Suite, outcomes: Sequence[Outcome]) -> str:
 
 
 def _headlines(results: Path) -> list[str]:
-    """Our rows of the commit that runs, in few words; with a cold cache where there is one."""
+    """Rows of the commit that runs, in few words; with a cold cache where there is one.
+
+    Ours, and of rollouts also their peers' (which say how they make a step).
+    """
     commit = commit_described()
     found: dict[str, Mapping[str, Any]] = {}
     for path in sorted(results.glob("*_gpu.jsonl")):
         for row in rows_in(path):
             name = row.get("case") or _rollout_name(row)
             is_better = name not in found or row.get("cache") != "hot"
-            if row["contender"] == "argrpo" and row["commit"] == commit and is_better:
+            is_told = row.get("contender") == "argrpo" or "how" in row
+            if is_told and row["commit"] == commit and is_better:
                 found[name] = row
     return [_headline(name, row) for name, row in found.items()]
 
 
 def _rollout_name(row: Mapping[str, Any]) -> str:
+    text = f", {row['text_tokens']} text tokens" if row.get("text_tokens") else ""
+    peer = f", {row['contender']}" if "how" in row else ""
     return (
         f"rollout {row['model']} {row['image_size']} px, {row['images']} images, "
-        f"guidance {row['guidance_scale']:g}"
+        f"guidance {row['guidance_scale']:g}{text}{peer}"
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 SCRIPTS = (
     "bench_slots",
+    "gpu_parts",
     "result_rows",
     "rollout_contenders",
     "rollout_rows",
@@ -78,3 +79,10 @@ def test_a_lost_page_ends_the_bench(bench: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench.RolloutEngine, "check", lost)
     with pytest.raises(RuntimeError, match="a page is lost"):
         bench.main(["--model", "tiny", "--image_size", "32", "--lockstep_slots", "2"])
+
+
+def test_the_suite_asks_for_options_that_exist(bench: Any) -> None:
+    parts = importlib.import_module("gpu_parts").PARTS
+    (command,) = [part.command for part in parts if part.command[0] == "bench/bench_slots.py"]
+    args = bench.arguments(list(command[1:]))
+    assert (args.device.type, args.model, args.image_size) == ("cuda", "XL", 256)

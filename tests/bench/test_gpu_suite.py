@@ -222,15 +222,23 @@ def test_the_table_has_the_headline_of_every_result_of_this_commit(
     hot = {**kernel, "cache": "hot", "p50_us": 10.0}
     rows = [kernel, hot, {**kernel, "contender": "torch"}, {**kernel, "commit": "older"}]
     (results / "kernels_gpu.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (results / "rollout_gpu.jsonl").write_text(json.dumps(rollout) + "\n")
+    peer = {"contender": "llamagen", "how": "eager", "images_per_s": 15.0, "percent_of_limit": 5.7}
+    text = {**rollout, "text_tokens": 120}
+    rollouts = [rollout, {**rollout, **peer}, text, {**rollout, "contender": "floor"}]
+    (results / "rollout_gpu.jsonl").write_text("\n".join(map(json.dumps, rollouts)) + "\n")
+    slots = {**rollout, "bench": "slots", "layout": "cohorts"}
+    del slots["contender"]
+    (results / "slots_gpu.jsonl").write_text(json.dumps(slots) + "\n")
     call(suite, tmp_path, [part("first")])
     printed = capfd.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(printed) if line.startswith("swiglu"))
-    assert printed[start : start + 2] == [
+    assert printed[start : start + 4] == [
         "swiglu, rows 8: 12.3 us cold, 81 % of limit, 1.20 x floor",
         "rollout XL 256 px, 128 images, guidance 2: 151.25 images/s, 57 % of limit",
+        "rollout XL 256 px, 128 images, guidance 2, llamagen: 15.00 images/s, 6 % of limit",
+        "rollout XL 256 px, 128 images, guidance 2, 120 text tokens: 151.25 images/s, 57 % of limit",
     ]
-    assert printed[start + 2].split() == ["part", "status", "seconds"]
+    assert printed[start + 4].split() == ["part", "status", "seconds"]
 
 
 def test_real_parts_name_files_and_options_that_exist(suite: ModuleType) -> None:
