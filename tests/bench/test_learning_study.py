@@ -117,13 +117,12 @@ def test_an_arm_that_is_none_is_refused() -> None:
 
 def test_the_weights_come_first_and_then_every_arm_of_one_seed_after_another() -> None:
     jobs = list(study.planned(study.Size(seeds=(0, 1), more_weights=(9.0,)), []))
-    assert [(job.arm, job.loo_fid_weight) for job in jobs[:4]] == [
+    assert [(job.arm, job.loo_fid_weight) for job in jobs[:3]] == [
         ("judge", 0.0),
         ("judge_loofid", 0.5),
-        ("judge_loofid", 1.0),
         ("judge_loofid", 2.0),
     ]
-    assert [(job.seed, job.arm) for job in jobs[4:-1]] == [
+    assert [(job.seed, job.arm) for job in jobs[3:-1]] == [
         (seed, arm) for seed in (0, 1) for arm in arms.ARMS
     ]
     assert jobs[-1].loo_fid_weight == 9.0
@@ -132,9 +131,8 @@ def test_the_weights_come_first_and_then_every_arm_of_one_seed_after_another() -
 FRONTIER = (
     ("judge", 0.0, 0.9, 0.5),
     ("judge_loofid", 0.5, 0.89, 0.7),
-    ("judge_loofid", 1.0, 0.885, 0.75),
-    ("judge_loofid", 2.0, 0.8, 0.9),
-    ("judge_loofid", 0.0, 0.9, 0.95),  # no LOO-FID: the frontier shows it, no arm takes it
+    ("judge_loofid", 2.0, 0.885, 0.75),
+    ("judge_loofid", 1.0, 0.9, 0.95),  # tried later, for the frontier: no arm takes it
 )
 
 
@@ -147,7 +145,7 @@ def frontier(less_accuracy: float = 0.0) -> list[dict[str, Any]]:
 
 def test_the_arms_take_the_largest_recall_of_the_weights_that_keep_accuracy() -> None:
     jobs = list(study.planned(study.Size(), frontier()))
-    assert {job.loo_fid_weight for job in jobs if job.arm == "cfg_free"} == {1.0}
+    assert {job.loo_fid_weight for job in jobs if job.arm == "cfg_free"} == {2.0}
 
 
 def test_where_no_weight_keeps_accuracy_the_arms_take_the_one_that_keeps_most() -> None:
@@ -156,7 +154,7 @@ def test_where_no_weight_keeps_accuracy_the_arms_take_the_one_that_keeps_most() 
 
 def test_of_the_weights_tried_only_the_chosen_one_is_an_arm() -> None:
     found = told.by_arm(frontier())["judge_loofid"]
-    assert [own["loo_fid_weight"] for own in found.values()] == [1.0]
+    assert [own["loo_fid_weight"] for own in found.values()] == [2.0]
 
 
 def test_a_second_call_goes_on_where_the_first_stopped(
@@ -180,8 +178,8 @@ def test_a_second_call_goes_on_where_the_first_stopped(
     )
     study.study(size, path, 60.0)
     assert first == ["judge", "judge_loofid"]
-    # Two weights more, and of the arms those that were no part of the frontier.
-    assert ran == ["judge_loofid"] * 2 + [a for a in arms.ARMS if a not in first]
+    # The other weight, and of the arms those that were no part of the frontier.
+    assert ran == ["judge_loofid"] + [a for a in arms.ARMS if a not in first]
 
 
 def test_nothing_begins_after_the_minutes_are_over(
@@ -223,13 +221,13 @@ def test_claim_b_needs_accuracy_within_2_points_and_half_of_the_recall(
     rows = [
         row("base", 0),  # recall .8
         row("judge", 0, accuracy=0.9, recall=0.6),
-        row("judge_loofid", 0, weight=1.0, accuracy=accuracy, recall=recall),
+        row("judge_loofid", 0, weight=2.0, accuracy=accuracy, recall=recall),
     ]
     assert f"at guidance 2 it {verdict} (" in claim(rows, "b")
 
 
 def test_claim_b_does_not_hold_where_no_recall_was_lost() -> None:
-    rows = [row("base", 0), row("judge", 0), row("judge_loofid", 0, weight=1.0)]
+    rows = [row("base", 0), row("judge", 0), row("judge_loofid", 0, weight=2.0)]
     assert "does not hold" in claim(rows, "b")
     assert "none was lost" in claim(rows, "b")
 
@@ -238,8 +236,8 @@ def test_claim_c_compares_without_guidance_with_the_best_of_the_base() -> None:
     base = row("base", 0)
     for record in base["scores"]:
         record["frechet"] = 90.0 if record["guidance_scale"] == 1.5 else 120.0
-    worse = row("judge_loofid", 0, weight=1.0, frechet=10.0, frechet_free=91.0)
-    better = row("cfg_free", 0, weight=1.0, frechet=500.0, frechet_free=89.0)
+    worse = row("judge_loofid", 0, weight=2.0, frechet=10.0, frechet_free=91.0)
+    better = row("cfg_free", 0, weight=2.0, frechet=500.0, frechet_free=89.0)
     text = claim([base, worse, better], "c")
     assert "judge_loofid does not hold" in text
     assert "cfg_free holds" in text
