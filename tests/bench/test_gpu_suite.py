@@ -236,7 +236,8 @@ def test_the_table_has_the_headline_of_every_result_of_this_commit(
         "swiglu, rows 8: 12.3 us cold, 81 % of limit, 1.20 x floor",
         "rollout XL 256 px, 128 images, guidance 2: 151.25 images/s, 57 % of limit",
         "rollout XL 256 px, 128 images, guidance 2, llamagen: 15.00 images/s, 6 % of limit",
-        "rollout XL 256 px, 128 images, guidance 2, 120 text tokens: 151.25 images/s, 57 % of limit",
+        "rollout XL 256 px, 128 images, guidance 2, 120 text tokens: 151.25 images/s, "
+        "57 % of limit",
     ]
     assert printed[start + 4].split() == ["part", "status", "seconds"]
 
