@@ -48,35 +48,43 @@ class PagedSteps:
 
     def __init__(self, runner: PagedRunner, request: DrawRequest) -> None:
         """Let all images in and fill every page with random numbers."""
-        draw = runner._laid_out(request)
-        state = runner._ready(draw)
-        assert draw.layout.num_cohorts == 1, "one step needs all slots at one position"
-        admission = Admission(0, 0, min(draw.layout.cohort_size, request.num_images))
-        runner._admit(state, draw, admission)
-        slots = draw.slots(admission)
-        for branch in range(draw.num_branches):
-            first = branch * state.num_rows
-            state.cache.reserve(
-                range(first + slots.start, first + slots.stop), state.num_tokens - 1
-            )
-        state.cache.upload()
-        state.cache._keys.normal_()
-        state.cache._values.normal_()
-        self._runner, self._state = runner, state
-        self._variant = draw.variant(draw.num_branches)
-        self._inputs = state.inputs(draw.num_branches).rows(slots)
+        self._runner, self._queue = runner, runner._queue
+        with self._queue.entered():
+            job = runner._laid_out(request)
+        assert job.layout.num_cohorts == 1, "one step needs all slots at one position"
+        self._queue.follow_caller()
+        self._state = state = runner._ready(job)
+        admission = Admission(0, 0, min(job.layout.cohort_size, request.num_images))
+        slots = job.slots(admission)
+        with self._queue.entered():
+            runner._admit(state, job, admission)
+            for branch in range(job.num_branches):
+                first = branch * state.num_rows
+                rows = range(first + slots.start, first + slots.stop)
+                state.cache.reserve(rows, state.num_tokens - 1)
+            state.cache.upload()
+            state.cache._keys.normal_()
+            state.cache._values.normal_()
+        self._variant = job.variant(job.num_branches)
+        self._inputs = state.inputs(job.num_branches).rows(slots)
 
     def step(self, position: int) -> object:
         """Draw token `position`, 1 to T - 1, over the entries before it."""
-        self._inputs.positions.fill_(position)
-        self._inputs.entries.fill_(position - 1)
-        self._runner._replay(self._variant, 1)
+        # A clock takes its time in the caller's stream.
+        self._queue.follow_caller()
+        with self._queue.entered():
+            self._inputs.positions.fill_(position)
+            self._inputs.entries.fill_(position - 1)
+            self._runner._replay(self._variant, 1)
+        self._queue.lead_caller()
         return None
 
     def finish(self) -> None:
         """Give the slots back, so that the engine can draw."""
-        self._state.idle()
-        self._state.cache.release_all()
+        with self._queue.entered():
+            self._state.idle()
+        self._state.cache.reset()
+        self._queue.lead_caller()
 
 
 def steps_of(

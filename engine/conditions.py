@@ -1,6 +1,6 @@
 """What an image is conditioned on: class labels [N] int64, or the features of text prompts."""
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import TypeAlias
 
 import torch
@@ -14,8 +14,9 @@ class TextFeatures:
     features: Tensor  # [P, L, C] floating point
     mask: Tensor  # [P, L] bool or integer, 1 on valid positions
     index: Tensor | None = None  # [N] int64 into the P prompts; None: row i uses prompt i
+    looks_at_values: InitVar[bool] = True  # the host waits for the device to check them
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, looks_at_values: bool) -> None:
         if self.features.dim() != 3 or not self.features.is_floating_point():
             raise ValueError(
                 "features: expected a floating [P, L, C] tensor, "
@@ -25,13 +26,15 @@ class TextFeatures:
             raise ValueError(
                 f"mask: expected shape {list(self.features.shape[:2])}, got {list(self.mask.shape)}"
             )
-        if not bool(self.mask.bool().any(dim=1).all()):
-            raise ValueError("mask: expected at least one valid position a prompt, got none")
         if self.index is not None and (self.index.dim() != 1 or self.index.dtype != torch.int64):
             raise ValueError(
                 f"index: expected an int64 [N] tensor, got {self.index.dtype} "
                 f"{list(self.index.shape)}"
             )
+        if not looks_at_values:
+            return
+        if not bool(self.mask.bool().any(dim=1).all()):
+            raise ValueError("mask: expected at least one valid position a prompt, got none")
         if self.index is not None and len(self.index):
             low, high = torch.stack(self.index.aminmax()).tolist()
             if low < 0 or high >= len(self.features):
@@ -76,7 +79,8 @@ def moved_to(conditions: Conditions, device: torch.device) -> Conditions:
 def select(conditions: Conditions, rows: Tensor) -> Conditions:
     """The conditions of some rows; prompts are shared, not copied."""
     if isinstance(conditions, TextFeatures):
-        return TextFeatures(conditions.features, conditions.mask, conditions.rows[rows])
+        index = conditions.rows[rows]
+        return TextFeatures(conditions.features, conditions.mask, index, looks_at_values=False)
     return conditions[rows]
 
 

@@ -60,6 +60,11 @@ class DecodeState:
         self._inputs.positions.fill_(self.num_tokens)
         self._inputs.entries.fill_(-1)
 
+    def rest(self, slots: slice) -> None:
+        """These slots are idle: steps of either number of branches store no keys for them."""
+        self._inputs.positions[slots] = self.num_tokens
+        self._inputs.entries[:, slots] = -1
+
     def take_support(self) -> None:
         """Room for kept sets, the largest part of the log: taken once somebody wants them."""
         if self._support is None:
@@ -84,7 +89,6 @@ class DecodeState:
         )
 
 
-@torch.no_grad()
 def decode_steps(policy: Policy, state: DecodeState, variant: StepVariant, num_steps: int) -> None:
     """Draw the next tokens of every slot that is not idle; both branches are fed the same token."""
     inputs, log = state.inputs(variant.num_branches), state.log(variant)

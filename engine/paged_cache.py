@@ -75,8 +75,10 @@ class PagedCache:
                 self.pool.release(page)
             self._held[row].clear()
 
-    def release_all(self) -> None:
-        self.release(range(len(self._held)))
+    def reset(self) -> None:
+        """Nobody holds a page, whatever was under way: an interrupted call may have left halves."""
+        self.pool = PagePool(self.pool.num_pages)
+        self._held = [[] for _ in self._held]
 
     def check(self) -> None:
         """RuntimeError unless every page is free, or held by the rows that say so."""

@@ -4,7 +4,8 @@ The host only lets images in, hands out pages and takes results, at turns that i
 (schedule.py); between them steps are replayed and nothing waits for the device.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, Generic, NamedTuple
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from argrpo.engine.cache_plan import CachePlan
 from argrpo.engine.conditions import Conditions, select
 from argrpo.engine.decode_step import DecodeState, StepVariant, decode_steps
+from argrpo.engine.device_queue import DeviceQueue, Step, plain_tensors
 from argrpo.engine.draw_request import DrawRequest
-from argrpo.engine.graphs import Step, capture_step
 from argrpo.engine.paged_cache import PagedCache
 from argrpo.engine.policy import Policy
 from argrpo.engine.prefix import (
@@ -31,7 +32,7 @@ from argrpo.engine.rollout import Rollout
 from argrpo.engine.schedule import Admission, Layout, Turn, turns
 from argrpo.engine.weights import weights_addresses
 from argrpo.kernels.guided_sampling import Draw, DrawKeys, DrawSettings, guided_sample
-from argrpo.kernels.record_draw import record_draw_
+from argrpo.kernels.record_draw import DrawLog, record_draw_
 
 # A graph of several steps saves the host's part of the others, some 5 us each, which the step of a
 # small model (60 us at its limit) feels. Most turns are a page long, a multiple of 8.
@@ -49,7 +50,7 @@ _COLLAPSED = _PrefixKind[PrefixStates](collapse_prefixes, PagedCache.write_colla
 _KEYED = _PrefixKind[PrefixKeys](read_prefix_keys, PagedCache.write_keys)
 
 
-class _Draw(NamedTuple):
+class _Job(NamedTuple):
     """A request with its prefixes, laid out in time."""
 
     request: DrawRequest
@@ -76,14 +77,23 @@ class _Draw(NamedTuple):
         return slice(start, start + admission.num_images)
 
 
+class _Finished(NamedTuple):
+    """What was drawn of some images."""
+
+    mark: torch.cuda.Event | None  # the point of the queue by which it is there
+    admission: Admission
+    drawn: DrawLog
+
+
 class PagedRunner:
-    """Runs draws of one policy over one pool of pages."""
+    """Runs draws of one policy over one pool of pages, one draw at a time."""
 
     def __init__(self, policy: Policy, plan: CachePlan, ranges: Ranges = no_ranges) -> None:
         """A plan whose image tokens start at entry 0 is for prefixes that collapse."""
         self._policy = policy
         self._plan = plan
         self._ranges = ranges
+        self._queue = DeviceQueue(policy.head_weight.device)
         self._kind: _PrefixKind[Any] = _KEYED if plan.layout.first_entry else _COLLAPSED
         self._cond: PrefixMemory[Any] = PrefixMemory(self._kind.read)
         self._uncond: PrefixMemory[Any] = PrefixMemory(self._kind.read)
@@ -108,17 +118,13 @@ class PagedRunner:
         if self._state is not None:
             self._state.cache.check()
 
-    def draw(self, request: DrawRequest) -> Iterator[Rollout]:
-        """Rollouts of images in order, as they finish; prefixes are read at the call.
+    def draw(self, request: DrawRequest) -> Generator[Rollout, None, None]:
+        """Rollouts of images in order, as they finish; prefixes are read at the call."""
+        with self._ranges("prefill"), plain_tensors(self._queue.device):
+            job = self._laid_out(request)
+        return self._run(job)
 
-        Raises (as soon as images are asked for):
-            RuntimeError: images of another draw are still in the slots.
-        """
-        with self._ranges("prefill"):
-            draw = self._laid_out(request)
-        return self._run(draw)
-
-    def _laid_out(self, request: DrawRequest) -> _Draw:
+    def _laid_out(self, request: DrawRequest) -> _Job:
         policy, num_tokens = self._policy, self._policy.shape.num_image_tokens
         uncond = None
         if request.params.is_guided:
@@ -132,59 +138,90 @@ class PagedRunner:
             lockstep_only=num_guided not in (0, num_tokens),
         )
         cond = self._cond.prefixes(policy, request.conditions)
-        return _Draw(request, layout, cond, uncond, num_guided)
+        return _Job(request, layout, cond, uncond, num_guided)
 
-    def _run(self, draw: _Draw) -> Iterator[Rollout]:
-        state, last_step = self._ready(draw), 0
+    def _run(self, job: _Job) -> Generator[Rollout, None, None]:
+        queue, done = self._queue, deque[_Finished]()
         try:
-            for turn in turns(draw.layout, draw.request.num_images, draw.num_guided):
-                for admission in turn.admissions:
-                    with self._ranges("admit"):
-                        self._admit(state, draw, admission)
-                    draw.request.tokens.add(admission.num_images)
-                first_step, last_step = last_step + 1, last_step + turn.num_steps
-                num_branches = 2 if turn.is_guided else 1
-                with self._ranges(f"decode[{first_step}..{last_step}]"):
-                    _reserve(state, draw, turn, num_branches)
-                    self._replay(draw.variant(num_branches), turn.num_steps)
-                draw.request.tokens.add(sum(turn.counts.values()) * turn.num_steps)
+            queue.follow_caller()
+            state, last_step = self._ready(job), 0
+            for turn in turns(job.layout, job.request.num_images, job.num_guided):
+                with queue.entered():
+                    self._take_turn(state, job, turn, last_step)
+                last_step += turn.num_steps
+                # Where work is queued, what finished in the turn before is given away only now, so
+                # that the device has this turn to go on with.
+                yield from self._handed_over(job, done)
                 for admission in turn.finished:
-                    rollout = _collect(state, draw, admission)
-                    state.cache.release(_rows(state, draw, admission, 2))
-                    yield rollout
+                    with queue.entered():
+                        done.append(self._finish(state, job, admission))
+                if not queue.runs_ahead:
+                    yield from self._handed_over(job, done)
+            yield from self._handed_over(job, done)
         finally:
             # Also after Ctrl-C, an error, or a caller who wants no more.
-            state.idle()
-            state.cache.release_all()
+            if self._state is not None:
+                with queue.entered():
+                    self._state.idle()
+                self._state.cache.reset()
+            queue.lead_caller()
 
-    def _ready(self, draw: _Draw) -> DecodeState:
-        """The state, idle, and every kind of step that the draw needs."""
+    def _ready(self, job: _Job) -> DecodeState:
+        """The state, idle, and every kind of step that the job needs."""
+        queue = self._queue
         if self._state is None:
-            self._state = DecodeState(self._policy, self._plan)
+            with queue.entered():
+                self._state = DecodeState(self._policy, self._plan)
         state = self._state
-        if state.cache.pool.num_held:
-            raise RuntimeError(
-                "draw_iter: expected the former draw to be finished or closed, got images of it "
-                "in the slots; take all its rollouts first, or call close() on it"
-            )
+        assert not state.cache.pool.num_held, "one draw at a time"
         addresses = weights_addresses(self._policy)
         if addresses != self._addresses:
             self._steps.clear()
             self._addresses = addresses
-        if draw.request.wants_support:
-            state.take_support()
-        kinds = {1} if draw.num_guided < state.num_tokens else set()
-        if draw.num_guided:
+        if job.request.wants_support:
+            with queue.entered():
+                state.take_support()
+        kinds = {1} if job.num_guided < state.num_tokens else set()
+        if job.num_guided:
             kinds.add(2)
-        device = state.seed.device
-        for variant in map(draw.variant, kinds):
+        for variant in map(job.variant, kinds):
             for num_steps in _STEPS_PER_GRAPH:
                 if (variant, num_steps) not in self._steps:
                     step = partial(decode_steps, self._policy, state, variant, num_steps)
                     with self._ranges("capture"):
-                        self._steps[variant, num_steps] = capture_step(step, device)
-        state.idle()  # what a capture ran to warm up has moved the positions on
+                        self._steps[variant, num_steps] = queue.captured(step)
+        with queue.entered():
+            state.idle()  # what a capture ran to warm up has moved the positions on
         return state
+
+    def _take_turn(self, state: DecodeState, job: _Job, turn: Turn, last_step: int) -> None:
+        """Let images in, give them pages, and take the steps of a turn."""
+        tokens = job.request.tokens
+        for admission in turn.admissions:
+            with self._ranges("admit"):
+                self._admit(state, job, admission)
+            tokens.add(admission.num_images)
+        num_branches = 2 if turn.is_guided else 1
+        with self._ranges(f"decode[{last_step + 1}..{last_step + turn.num_steps}]"):
+            _reserve(state, job, turn, num_branches)
+            self._replay(job.variant(num_branches), turn.num_steps)
+        tokens.add(sum(turn.counts.values()) * turn.num_steps)
+
+    def _finish(self, state: DecodeState, job: _Job, admission: Admission) -> _Finished:
+        """Copy what was drawn of some images out of the log, and free their slots."""
+        slots = job.slots(admission)
+        log = state.log(job.variant(job.num_branches)).rows(slots)
+        drawn = log.clone()
+        state.rest(slots)
+        state.cache.release(_rows(state, job, admission, 2))
+        return _Finished(self._queue.mark(), admission, drawn)
+
+    def _handed_over(self, job: _Job, done: deque[_Finished]) -> Iterator[Rollout]:
+        """Finished images as rollouts that the caller may use."""
+        while done:
+            mark, admission, drawn = done.popleft()
+            self._queue.hand_over(mark, [part for part in drawn if part is not None])
+            yield _rollout(job.request, admission, drawn)
 
     def _replay(self, variant: StepVariant, num_steps: int) -> None:
         for size in _STEPS_PER_GRAPH:
@@ -192,39 +229,37 @@ class PagedRunner:
                 self._steps[variant, size]()
             num_steps %= size
 
-    @torch.no_grad()
-    def _admit(self, state: DecodeState, draw: _Draw, admission: Admission) -> None:
+    def _admit(self, state: DecodeState, job: _Job, admission: Admission) -> None:
         """Let images into their slots: prefixes, randomness, and token 0, which prefixes decide."""
-        request, slots = draw.request, draw.slots(admission)
+        request, slots = job.request, job.slots(admission)
         images = slice(admission.first_image, admission.first_image + admission.num_images)
-        # Other draws may have run since this one's last images were let in.
         state.seed.fill_(request.seed)
         state.scalars.copy_(request.settings.scalars)
         state.image_ids[slots] = request.image_ids[images]
-        self._kind.place(state.cache, slots, draw.cond, images)
-        if draw.uncond is not None:
+        self._kind.place(state.cache, slots, job.cond, images)
+        if job.uncond is not None:
             null = slice(slots.start + state.num_rows, slots.stop + state.num_rows)
-            self._kind.place(state.cache, null, draw.uncond, images)
-        first = self._first_draw(state, draw, images)
-        inputs = state.inputs(draw.num_branches).rows(slots)
+            self._kind.place(state.cache, null, job.uncond, images)
+        first = self._first_draw(state, job, images)
+        inputs = state.inputs(job.num_branches).rows(slots)
         inputs.positions.zero_()
-        log = state.log(draw.variant(draw.num_branches)).rows(slots)
+        log = state.log(job.variant(job.num_branches)).rows(slots)
         weight = self._policy.token_embedding.weight
         record_draw_(first, weight, inputs, log, state.first_entry)
 
-    def _first_draw(self, state: DecodeState, draw: _Draw, images: slice) -> Draw:
+    def _first_draw(self, state: DecodeState, job: _Job, images: slice) -> Draw:
         """Token 0 of some images, drawn in a full batch: its size decides how products round."""
-        request, num_rows, count = draw.request, state.num_rows, images.stop - images.start
+        request, num_rows, count = job.request, state.num_rows, images.stop - images.start
 
         def filled(rows: Tensor) -> Tensor:
             return rows.repeat(-(-num_rows // count), *[1] * (rows.dim() - 1))[:num_rows]
 
         uncond = None
-        if draw.uncond is not None:
-            uncond = filled(draw.uncond.last_hidden[draw.uncond.index[images]])
+        if job.uncond is not None:
+            uncond = filled(job.uncond.last_hidden[job.uncond.index[images]])
         image_ids = filled(request.image_ids[images])
         whole = guided_sample(
-            filled(draw.cond.last_hidden[draw.cond.index[images]]),
+            filled(job.cond.last_hidden[job.cond.index[images]]),
             uncond,
             self._policy.head_weight,
             DrawKeys(state.seed, image_ids, torch.zeros_like(image_ids)),
@@ -235,9 +270,9 @@ class PagedRunner:
         return whole.rows(slice(0, count))
 
 
-def _rows(state: DecodeState, draw: _Draw, admission: Admission, num_branches: int) -> list[int]:
+def _rows(state: DecodeState, job: _Job, admission: Admission, num_branches: int) -> list[int]:
     """The cache rows of some images."""
-    slots = draw.slots(admission)
+    slots = job.slots(admission)
     return [
         branch * state.num_rows + slot
         for branch in range(num_branches)
@@ -245,28 +280,23 @@ def _rows(state: DecodeState, draw: _Draw, admission: Admission, num_branches: i
     ]
 
 
-def _reserve(state: DecodeState, draw: _Draw, turn: Turn, num_branches: int) -> None:
+def _reserve(state: DecodeState, job: _Job, turn: Turn, num_branches: int) -> None:
     """Pages for all that the steps of a turn will store."""
     for cohort, num_entries in turn.entries.items():
-        rows = _rows(state, draw, Admission(cohort, 0, turn.counts[cohort]), num_branches)
+        rows = _rows(state, job, Admission(cohort, 0, turn.counts[cohort]), num_branches)
         state.cache.reserve(rows, num_entries)
     state.cache.upload()
 
 
-def _collect(state: DecodeState, draw: _Draw, admission: Admission) -> Rollout:
-    """What was drawn of some finished images, copied out of the log."""
-    request, first = draw.request, admission.first_image
-    log = state.log(draw.variant(draw.num_branches)).rows(draw.slots(admission))
-    drawn = [None if part is None else part.clone() for part in log]
-    token_ids, logprobs, entropies = drawn[:3]
-    assert token_ids is not None and logprobs is not None and entropies is not None
-    images = torch.arange(first, first + admission.num_images, device=token_ids.device)
+def _rollout(request: DrawRequest, admission: Admission, drawn: DrawLog) -> Rollout:
+    first = admission.first_image
+    images = torch.arange(first, first + admission.num_images, device=request.image_ids.device)
     return Rollout(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        cond_logprobs=drawn[3],
-        entropies=entropies,
-        support=drawn[4],
+        token_ids=drawn.token_ids,
+        logprobs=drawn.logprobs,
+        cond_logprobs=drawn.cond_logprobs,
+        entropies=drawn.entropies,
+        support=drawn.support,
         conditions=select(request.conditions, images),
         params=request.params,
         seed=request.seed,

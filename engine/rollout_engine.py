@@ -12,7 +12,7 @@ truncated importance weight, and no measurement yet says what that costs. So the
 """
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 import torch
@@ -52,7 +52,7 @@ class Runner(Protocol):
 
     def check(self) -> None: ...
 
-    def draw(self, request: DrawRequest) -> Iterator[Rollout]: ...
+    def draw(self, request: DrawRequest) -> Generator[Rollout, None, None]: ...
 
 
 class RolloutEngine:
@@ -104,6 +104,7 @@ class RolloutEngine:
                 "paged: expected True or None for a policy whose prefix has a rotary embedding, "
                 "got False"
             )
+        self._running: Generator[Rollout, None, None] | None = None
         self._runner: Runner
         if paged:
             first_entry = 0 if collapses else policy.shape.prefix_len
@@ -171,7 +172,6 @@ class RolloutEngine:
             ValueError: conditions, seed or image ids of another type, shape or range; guidance on
                 a policy without a null condition; conditional log-probs of a greedy draw; weights
                 that are no longer those that the engine was built for.
-            RuntimeError: images of an unfinished `draw_iter` are in the slots.
         """
         parts = list(
             self.draw_iter(
@@ -202,8 +202,10 @@ class RolloutEngine:
     ) -> Generator[Rollout, None, None]:
         """As `draw`, but yields rollouts of images as they finish, in order of their rows.
 
-        Conditions are checked, and their prefixes computed, at the call. The weights must stay
-        until all is drawn: RuntimeError otherwise. `close()` gives up what is left.
+        Conditions are checked, and their prefixes computed, at the call. On a GPU the next images
+        are being drawn while the caller works on these. One draw at a time: another one gives up
+        what is left of this, which then raises RuntimeError, as it does where the weights changed
+        before all was drawn. `close()` gives up without a word.
         """
         self._seal.check(self._policy)
         request = check_request(
@@ -216,25 +218,41 @@ class RolloutEngine:
             support=support,
             progress=progress,
         )
-        parts = self._runner.draw(request) if request.num_images else iter(())
-        return self._while_weights_stay(parts, request.num_images)
-
-    def _while_weights_stay(
-        self, parts: Iterator[Rollout], num_images: int
-    ) -> Generator[Rollout, None, None]:
         version = weights_version(self._policy)
+        if not request.num_images:
+            return _no_rollouts()
+        return self._guarded(self._runner.draw(request), request.num_images, version)
+
+    def _guarded(
+        self, parts: Generator[Rollout, None, None], num_left: int, version: tuple[int, ...]
+    ) -> Generator[Rollout, None, None]:
+        """The parts of one draw, for as long as it is the latest and the weights stay."""
+        if self._running is not None:
+            self._running.close()
+        self._running = parts
         try:
-            for part in parts:
-                num_images -= len(part)
-                yield part
-                if num_images and weights_version(self._policy) != version:
+            while num_left:
+                if self._running is not parts:
+                    raise RuntimeError(
+                        f"draw_iter: expected no other draw before this one is taken, got one; its "
+                        f"last {num_left} images were given up"
+                    )
+                if weights_version(self._policy) != version:
                     raise RuntimeError(
                         "draw_iter: expected the weights to stay while images are drawn, got an "
                         "update; take all rollouts before the optimizer steps"
                     )
+                part = next(parts)
+                num_left -= len(part)
+                yield part
         finally:
-            if isinstance(parts, Generator):
-                parts.close()
+            parts.close()
+            if self._running is parts:
+                self._running = None
+
+
+def _no_rollouts() -> Generator[Rollout, None, None]:
+    yield from ()
 
 
 def _plan(

@@ -4,7 +4,7 @@ All slots stand at one position, so that the valid part of the cache is a slice 
 copies. Images beyond the slots follow wave by wave.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from argrpo.engine.cache_plan import ROW_TILE
 from argrpo.engine.conditions import select
+from argrpo.engine.device_queue import plain_tensors
 from argrpo.engine.draw_request import DrawRequest
 from argrpo.engine.kv_cache import WaveCache, rows_within, slot_bytes
 from argrpo.engine.policy import Policy
@@ -71,10 +72,10 @@ class WaveRunner:
     def check(self) -> None:
         """Nothing to account for: a stretch of cache belongs to its slot."""
 
-    def draw(self, request: DrawRequest) -> Iterator[Rollout]:
+    def draw(self, request: DrawRequest) -> Generator[Rollout, None, None]:
         """Rollouts of the images in order, wave by wave; prefixes are read at the call."""
         policy, uncond = self._policy, None
-        with self._ranges("prefill"):
+        with self._ranges("prefill"), plain_tensors(policy.head_weight.device):
             cond = self._cond.prefixes(policy, request.conditions)
             if request.params.is_guided:
                 null = policy.null_conditions(request.conditions)
@@ -83,11 +84,16 @@ class WaveRunner:
         waves = order.split(self.num_slots)
         return (self._draw_wave(request, cond, uncond, rows) for rows in waves)
 
-    @torch.no_grad()
     def _draw_wave(
         self, request: DrawRequest, cond: PrefixStates, uncond: PrefixStates | None, rows: Tensor
     ) -> Rollout:
         """Draw some images, all positions in lockstep."""
+        with plain_tensors(self._policy.head_weight.device):
+            return _collect(request, rows, self._draw_positions(request, cond, uncond, rows))
+
+    def _draw_positions(
+        self, request: DrawRequest, cond: PrefixStates, uncond: PrefixStates | None, rows: Tensor
+    ) -> list[Draw]:
         with self._ranges("admit"):
             wave = self.start_wave(request, cond, uncond, rows)
             draws = [self._first_draw(wave)]
@@ -99,7 +105,7 @@ class WaveRunner:
                 for position in positions:
                     draws.append(self.step(wave, draws[-1].token_ids, position))
                     request.tokens.add(len(rows))
-        return _collect(request, rows, draws)
+        return draws
 
     def start_wave(
         self, request: DrawRequest, cond: PrefixStates, uncond: PrefixStates | None, rows: Tensor

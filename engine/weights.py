@@ -14,7 +14,7 @@ def weights_version(policy: Policy) -> tuple[int, ...]:
     """Changes whenever a weight is written or replaced.
 
     PyTorch counts the in-place writes of every tensor (an optimizer step, a loaded state dict), so
-    that nobody has to remember to tell us.
+    that nobody has to remember to tell us. It does not count writes through `.data`: do without.
     """
     return tuple(count for p in _weights(policy).values() for count in (p.data_ptr(), p._version))
 
@@ -30,10 +30,15 @@ class WeightsSeal:
     def __init__(self, policy: Policy) -> None:
         """
         Raises:
-            ValueError: adapters, or weights of more than one dtype.
+            ValueError: adapters, weights of more than one dtype, or made in inference mode.
         """
         weights = _weights(policy)
-        for name in weights:
+        for name, weight in weights.items():
+            if weight.is_inference():
+                raise ValueError(
+                    f"policy: expected weights whose changes can be seen, got {name} made in "
+                    "torch.inference_mode; load the policy outside of it"
+                )
             if any(part in name for part in _ADAPTER_NAMES):
                 raise ValueError(
                     f"policy: expected plain weights, got an adapter ({name}); the engine reads "

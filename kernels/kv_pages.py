@@ -53,7 +53,8 @@ def store_positions(
     page = block_table.long().gather(1, positions // page_size)
     for side, new in zip(pages, (keys, values), strict=True):
         side[page, :, positions % page_size, :head_dim] = new.to(side.dtype)
-        side[page, :, positions % page_size, head_dim:] = 0
+        if head_dim < side.shape[-1]:
+            side[page, :, positions % page_size, head_dim:] = 0
 
 
 def check_step(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor | None, positions: Tensor) -> None:

@@ -42,6 +42,13 @@ class DrawLog(NamedTuple):
         drawn = self.token_ids[rows], self.logprobs[rows], self.entropies[rows]
         return DrawLog(*drawn, cond_logprobs, support)
 
+    def clone(self) -> "DrawLog":
+        """A copy that the next draws leave alone."""
+        cond_logprobs = None if self.cond_logprobs is None else self.cond_logprobs.clone()
+        support = None if self.support is None else self.support.clone()
+        drawn = self.token_ids.clone(), self.logprobs.clone(), self.entropies.clone()
+        return DrawLog(*drawn, cond_logprobs, support)
+
 
 class StepInputs(NamedTuple):
     """What the next decode step reads; K branches of guidance, S rows each."""
@@ -155,7 +162,12 @@ def _check(draw: Draw, embeddings: Tensor, inputs: StepInputs, log: DrawLog) -> 
             expect(f"draw.{name}", drawn, (num_rows, *kept.shape[2:]), (dtype,))
 
 
-@triton.jit
+# Slots of a cohort may start anywhere: without this another start would compile another kernel, in
+# the middle of a draw.
+@triton.jit(do_not_specialize_on_alignment=[
+    "positions_ptr", "entries_ptr", "log_token_ids_ptr", "log_logprobs_ptr", "log_entropies_ptr",
+    "log_cond_logprobs_ptr",
+])  # fmt: skip
 def _record_draw(
     token_ids_ptr, logprobs_ptr, entropies_ptr, cond_logprobs_ptr, support_ptr, embeddings_ptr,
     x_ptr, positions_ptr, entries_ptr,

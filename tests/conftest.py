@@ -106,7 +106,7 @@ def _empty_holds_nan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 @pytest.fixture(autouse=True)
 def _scattered_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Page tables are never in order, so that nothing can rely on neighbours."""
-    if request.path.is_relative_to(ENGINE_TESTS):
+    if request.path.is_relative_to(ENGINE_TESTS) or "engine" in request.path.stem:
         from argrpo.engine import page_pool
 
         order = np.random.default_rng(0)
@@ -122,16 +122,18 @@ def replayed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """
 
     from argrpo.engine import paged_runner
+    from argrpo.engine.device_queue import DeviceQueue
     from argrpo.kernels import guided_sampling
 
-    def traced(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
+    def traced(queue: DeviceQueue, step: Callable[[], None]) -> Callable[[], object]:
         def traceable() -> Tensor:
             step()
             return torch.zeros(())
 
-        return torch.no_grad()(make_fx(traceable)())
+        with queue.entered():
+            return make_fx(traceable)()
 
-    monkeypatch.setattr(paged_runner, "capture_step", traced)
+    monkeypatch.setattr(DeviceQueue, "captured", traced)
     monkeypatch.setattr(paged_runner, "_STEPS_PER_GRAPH", (2, 1))  # tracing eight takes seconds
     # The reference reads k and p on the host, to sort no more than they keep; the kernel does not.
     monkeypatch.setattr(guided_sampling, "filter_mask", _filter_on_the_device)

@@ -21,6 +21,7 @@ Build = Callable[..., RolloutEngine]
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN = SamplingParams()
 GUIDED = SamplingParams(guidance_scale=3.0, temperature=0.9, top_k=60, top_p=0.95)
+INTERVAL = SamplingParams(guidance_scale=2.0, guidance_interval=5)
 
 # Two noisy logits this close are a tie: library products of other row counts round fp32 logits of
 # size 10 differently, each by less than half of it.
@@ -82,7 +83,7 @@ def assert_same_but_for_ties(got: Rollout, expected: Rollout, policy: LlamaGen) 
         assert (noisy[drawn[0]] - noisy[drawn[1]]).abs() < TIE
 
 
-@pytest.mark.parametrize("params", [PLAIN, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("params", [PLAIN, GUIDED, INTERVAL], ids=["plain", "guided", "interval"])
 def test_the_order_of_the_images_changes_no_bit(
     params: SamplingParams, policy: LlamaGen, build: Build
 ) -> None:
@@ -188,15 +189,42 @@ def test_draw_iter_yields_the_draw_in_parts(policy: LlamaGen, build: Build) -> N
     assert {part.params for part in parts} == {GUIDED}
 
 
-def test_parts_of_two_draws_may_be_taken_in_turns(policy: LlamaGen, build: Build) -> None:
-    labels = random_labels(8)
+def test_a_new_draw_gives_up_what_is_left_of_the_former(policy: LlamaGen, build: Build) -> None:
+    labels = random_labels(11)
     engine = build(policy, max_slots=4)
-    guided = engine.draw_iter(labels, GUIDED, seed=1)
-    plain = engine.draw_iter(labels, PLAIN, seed=1)
-    turns = [next(guided), next(plain), next(guided), next(plain)]
-    for params, first, second in ((GUIDED, turns[0], turns[2]), (PLAIN, turns[1], turns[3])):
-        expected = engine.draw(labels, params, seed=1)
-        assert torch.equal(torch.cat([first.token_ids, second.token_ids]), expected.token_ids)
+    expected = {params: engine.draw(labels, params, seed=1) for params in (GUIDED, INTERVAL)}
+    former = engine.draw_iter(labels, INTERVAL, seed=1)
+    waiting = engine.draw_iter(labels, GUIDED, seed=1)
+    first = next(former)
+    assert torch.equal(first.token_ids, expected[INTERVAL].token_ids[: len(first)])
+    begun = next(waiting)
+    with pytest.raises(RuntimeError, match=r"no other draw .* its last 7 images were given up"):
+        next(former)
+    former.close()  # disturbs nobody
+    rest = torch.cat([part.token_ids for part in (begun, *waiting)])
+    assert torch.equal(rest, expected[GUIDED].token_ids)
+
+
+def test_a_draw_that_nobody_takes_further_is_in_nobodys_way(policy: LlamaGen, build: Build) -> None:
+    labels = random_labels(11)
+    engine = build(policy, max_slots=4)
+    expected = engine.draw(labels, GUIDED, seed=1)
+    abandoned = engine.draw_iter(labels, INTERVAL, seed=1)
+    next(abandoned)
+    assert_same_draw(engine.draw(labels, GUIDED, seed=1), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_callers_modes_change_no_bit(
+    mode: type[torch.inference_mode], policy: LlamaGen, build: Build
+) -> None:
+    labels = random_labels(6)
+    expected = build(policy, max_slots=4).draw(labels, GUIDED, seed=1)
+    engine = build(policy, max_slots=4)
+    with mode():
+        assert_same_draw(engine.draw(labels, GUIDED, seed=1), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_draw(engine.draw(labels, GUIDED, seed=1), expected)
 
 
 def test_a_rollout_says_how_it_was_drawn(policy: LlamaGen, build: Build) -> None:

@@ -46,8 +46,14 @@ def policy() -> LlamaGen:
     return loaded.requires_grad_(False)
 
 
-def draw(policy: LlamaGen, params: SamplingParams, conditions: Conditions = LABELS) -> Rollout:
-    engine = RolloutEngine(policy, max_slots=8)
+def draw(
+    policy: LlamaGen,
+    params: SamplingParams,
+    conditions: Conditions = LABELS,
+    *,
+    paged: bool = False,
+) -> Rollout:
+    engine = RolloutEngine(policy, max_slots=8, page_size=16, paged=paged)
     return engine.draw(conditions, params, seed=21, support=True)
 
 
@@ -75,11 +81,12 @@ def distribution(policy: LlamaGen, rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("paged", [False, True], ids=["waves", "pages"])
 def test_logprobs_of_the_draw_are_those_of_the_policy(
-    guidance: str, filters: str, policy: LlamaGen
+    guidance: str, filters: str, paged: bool, policy: LlamaGen
 ) -> None:
     params = SamplingParams(**GUIDANCE[guidance], **FILTERS[filters])
-    rollout = draw(policy, params)
+    rollout = draw(policy, params, paged=paged)
     assert (rollout.support is not None) == params.is_filtered
     again = policy.logprobs(LABELS, rollout.token_ids, params, support=rollout.support)
     torch.testing.assert_close(again, rollout.logprobs, **TOLERANCE)
@@ -176,13 +183,14 @@ def test_tokens_are_drawn_with_their_probability() -> None:
 # p99 of |log ratio| that plain PyTorch bf16 shows between its own two paths (cached steps and whole
 # pass) at width 768 with 12 layers, random weights; two layers of width 128 stay below it.
 @pytest.mark.parametrize(("scale", "bound"), [(1.0, 0.085), (2.0, 0.17)])
+@pytest.mark.parametrize("paged", [False, True], ids=["waves", "pages"])
 def test_bf16_draws_and_scores_differ_by_rounding_alone(
-    scale: float, bound: float, policy: LlamaGen
+    scale: float, bound: float, paged: bool, policy: LlamaGen
 ) -> None:
     half = copy.deepcopy(policy).bfloat16()
     labels = torch.arange(32) % 10
     params = SamplingParams(guidance_scale=scale)
-    rollout = draw(half, params, labels)
+    rollout = draw(half, params, labels, paged=paged)
     assert rollout.logprobs.dtype == torch.float32
     ratio = (half.logprobs(labels, rollout.token_ids, params) - rollout.logprobs).abs()
     assert ratio.flatten().quantile(0.99) < bound

@@ -121,13 +121,21 @@ class _NoHostReads(TorchDispatchMode):
 _HOST_READS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal"}
 
 
-@pytest.mark.parametrize("name", PARAMS)
-def test_once_it_is_asked_for_a_draw_never_waits_for_the_device(name: str) -> None:
+@pytest.mark.parametrize("kind", ["plain", "filtered", "interval", "text", "cohorts"])
+def test_once_it_is_asked_for_a_draw_never_waits_for_the_device(kind: str) -> None:
     """Images that refill their slots included: what the host does is known beforehand."""
-    policy = model(torch.float32)
-    engine = RolloutEngine(policy, max_slots=4, page_size=16, paged=True)
-    labels = LABELS.repeat(2)
-    parts = engine.draw_iter(labels, PARAMS[name], seed=5, support=True)
+    conditions: Tensor | TextFeatures = LABELS.repeat(2)
+    policy = model(torch.float32, "t2i" if kind == "text" else "c2i")
+    if kind == "text":
+        mask = torch.arange(6) >= torch.tensor([[0], [3], [5]])
+        index = torch.tensor([2, 0, 1, 1, 0, 0, 2, 1])
+        conditions = TextFeatures(torch.randn(3, 6, 8), mask, index)
+    # 2 pages an image and branch: 12 hold 3 guided images at full length, or 4 in two cohorts.
+    kv_bytes = 12 * 2 * 2 * 16 * 32 * 4 if kind == "cohorts" else None
+    engine = RolloutEngine(policy, max_slots=4, page_size=16, kv_bytes=kv_bytes, paged=True)
+    assert ("2 groups of 2" in engine.describe()) == (kind == "cohorts")
+    params = PARAMS.get(kind, SamplingParams(guidance_scale=2.0))
+    parts = engine.draw_iter(conditions, params, seed=5, support=True)
     with _NoHostReads():
         assert sum(len(part) for part in parts) == 8
     with pytest.raises(AssertionError, match="_local_scalar_dense waits"), _NoHostReads():
