@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+from pathlib import Path
 from typing import Literal
 
 from argrpo.models.llamagen import LlamaGen
@@ -25,6 +26,11 @@ class BestCheckpoint:
         self._metric = metric
         self._mode = mode
         self._value: float | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The folder of the best policy; None while there is none."""
+        return None if self._value is None else self._folder.best_path
 
     def improves(self, metrics: dict[str, float]) -> bool:
         """Whether metrics hold a better value than all before; the first finite one is."""

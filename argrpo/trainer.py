@@ -171,19 +171,17 @@ class Trainer:
             self._show_samples(0)
             if base := self._evaluate(0):
                 self._log(0, base)
-                self._keep_best(0, base)
             for step in range(self.config.num_steps):
                 with self.profile.tracing(step):
                     with self.profile.ranges("step"):
                         metrics = self._train_step(step)
                     metrics = {**metrics, **self._evaluate(step + 1)}
                     self._log(step + 1, metrics)
-                    self._keep_best(step + 1, metrics)
                     self._leave_files(step + 1)
         finally:
             for tracker in self._trackers:
                 tracker.close()
-        best = self._folder.best_path if self._folder.best_path.is_dir() else None
+        best = None if self._best is None else self._best.path
         return TrainResult(self._folder.checkpoint(self.config.num_steps), metrics, best)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
@@ -239,15 +237,15 @@ class Trainer:
             return self._judges.score(seen, repeated, with_monitors=self._is_shown(step + 1))
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        """Measure the policy, where it is time, and keep it if it is the best so far."""
         if self._evaluation is None or not self.config.eval.is_due(step, self.config.num_steps):
             return {}
-        with self._learner.averaged(), self.profile.ranges("evaluation"):
-            return self._evaluation.measure(self.engine, self._tokenizer)
-
-    def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
-        if self._best is not None and self._best.improves(metrics):
-            with self._learner.averaged():
+        with self._learner.averaged():
+            with self.profile.ranges("evaluation"):
+                metrics = self._evaluation.measure(self.engine, self._tokenizer)
+            if self._best is not None and self._best.improves(metrics):
                 self._best.save(self.policy, step, metrics)
+        return metrics
 
     def _is_shown(self, step: int) -> bool:
         every = self.config.output.sample_every
