@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from argrpo.config import (
@@ -256,6 +257,33 @@ def test_judges_see_the_prompts_of_their_images(models: Path, tmp_path: Path) ->
     run(replace(config_of(models, settings), num_steps=1), tmp_path / "run")
     (row, _) = rows_of(tmp_path / "run" / "evaluations.jsonl")
     assert row[f"eval/{__name__}:class_asked_for/mean"] == 4.5
+
+
+def test_a_policy_that_reads_texts_is_measured_on_its_prompts(models: Path, tmp_path: Path) -> None:
+    sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 32, "vocab_size": 32}
+    text = {"model_type": "t2i", "caption_dim": 8, "prefix_len": 5}
+    policy = LlamaGen(LlamaGenConfig(**sizes, **text, image_size=32, downsample=4))
+    save_policy(policy, tmp_path / "policy")
+    features = {"features": torch.randn(3, 5, 8), "mask": torch.ones(3, 5, dtype=torch.int64)}
+    prompts = json.dumps(["a cat", "a dog", "a hat"])
+    save_file(features, tmp_path / "prompts.safetensors", metadata={"prompts": prompts})
+    config = replace(
+        config_of(models, eval_of(models, every=1)),
+        policy=PolicyConfig(path=str(tmp_path / "policy"), num_heads=2),
+        data=DataConfig(text_features=str(tmp_path / "prompts.safetensors")),
+        num_steps=1,
+    )
+    run(config, tmp_path / "run")
+    (base, tuned) = rows_of(tmp_path / "run" / "evaluations.jsonl")
+    assert base[f"eval/{LEFT}/mean"] != tuned[f"eval/{LEFT}/mean"]
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_evaluated_there(models: Path, tmp_path: Path) -> None:
+    settings = eval_of(models, guidance_scales=[2.0, 1.0], best_metric="eval/recall")
+    run(replace(config_of(models, settings), device="cuda"), tmp_path / "run")
+    for row in rows_of(tmp_path / "run" / "evaluations.jsonl"):
+        assert None not in row.values()
 
 
 def refused(models: Path, tmp_path: Path, message: str, **settings: Any) -> None:
