@@ -36,6 +36,7 @@ h2 { font-size: 18px; font-weight: 620; letter-spacing: -0.01em; margin: 44px 0 
 h3 { font-size: 13.5px; font-weight: 600; margin: 0 0 8px; }
 p.lead { color: var(--soft); margin: 6px 0 0; max-width: 78ch; }
 p.note { color: var(--soft); font-size: 13px; margin: 8px 0 0; max-width: 90ch; }
+p.note + .charts { margin-top: 16px; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(168px, 1fr)); gap: 14px;
   margin-top: 28px; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
