@@ -53,28 +53,19 @@ class LlamaGenGraph(LlamaGenPeer):
             "attention of PyTorch's; no log-prob"
         }
 
-    @torch.no_grad()
     def prepare(self) -> None:
-        if self._graph is not None:  # it knows the addresses of its caches
-            self._randomise()
-            return
-        super().prepare()
-        with patch.object(self._sampler, "sample", _raced):
-            self._at.fill_(1)
-            self._graph = captured([self._turn])
+        self._captured()
+        self._randomise()
 
     def step(self, position: int) -> object:
-        assert self._graph is not None
         self._at.fill_(position)
-        self._graph.replay()
+        self._captured().replay()
         return self._tokens
 
     @torch.no_grad()
     def rollout(self) -> Tensor:
         """[N, T] int64 tokens."""
-        self.prepare()
-        assert self._graph is not None
-        case = self._case
+        graph, case = self._captured(), self._case
         drawn = self._tokens.new_empty(case.num_tokens, case.images, 1)
         at = torch.arange(1, device=case.device)
         drawn[0] = self._sampler.prefill(
@@ -83,9 +74,19 @@ class LlamaGenGraph(LlamaGenPeer):
         self._tokens.copy_(drawn[0])
         self._at.fill_(1)
         for position in range(1, case.num_tokens):
-            self._graph.replay()
+            graph.replay()
             drawn[position] = self._tokens
         return drawn[..., 0].T
+
+    @torch.no_grad()
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The graph of a turn, which knows the addresses of the caches; captured once."""
+        if self._graph is None:
+            super().prepare()
+            self._at.fill_(1)
+            with patch.object(self._sampler, "sample", _raced):
+                self._graph = captured([self._turn])
+        return self._graph
 
     def _turn(self) -> None:
         """One turn of its loop, from and to the same addresses."""

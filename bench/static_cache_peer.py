@@ -90,15 +90,7 @@ class StaticCachePeer:
 
     def prepare(self) -> None:
         """Random keys and values at every entry; steps of every length are warm."""
-        case = self._case
-        if self._decoder.open_caches():
-            _embeddings, mask = self._prefixes()
-            self._decoder.allow(mask)
-            self._token_ids = random_tokens(case, case.images)
-            self._position = torch.ones(1, dtype=torch.int64, device=case.device)
-            for length in self._lengths:
-                for _ in range(_WARM_CALLS if case.device.type == "cuda" else 1):
-                    self._advance(length)
+        self._open()
         self._decoder.randomise()
 
     @torch.no_grad()
@@ -116,7 +108,7 @@ class StaticCachePeer:
     def draw(self) -> tuple[Tensor, Tensor]:
         """[N, T] int64 tokens and [N, T] fp32 log-probs."""
         case = self._case
-        self.prepare()
+        self._open()
         first, logprob = self._decoder.sample(self._prefill())
         drawn = first.new_empty(case.num_tokens, case.images)
         logprobs = logprob.new_empty(case.num_tokens, case.images)
@@ -136,6 +128,19 @@ class StaticCachePeer:
         logits = self._decoder.logits(self._prefill())
         self._decoder.close_caches()  # `prepare` is where its memory counts
         return logits
+
+    def _open(self) -> None:
+        """Take the memory of a draw and warm the steps; once."""
+        case = self._case
+        if not self._decoder.open_caches():
+            return
+        _embeddings, mask = self._prefixes()
+        self._decoder.allow(mask)
+        self._token_ids = random_tokens(case, case.images)
+        self._position = torch.ones(1, dtype=torch.int64, device=case.device)
+        for length in self._lengths:
+            for _ in range(_WARM_CALLS if case.device.type == "cuda" else 1):
+                self._advance(length)
 
     @torch.no_grad()
     def _advance(self, length: int) -> tuple[Tensor, Tensor]:

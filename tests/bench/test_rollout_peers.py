@@ -96,7 +96,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 @pytest.fixture
 def case_of(script: Callable[[str], Any]) -> Callable[..., Any]:
     def case(
-        text_tokens: int = 0, guidance_scale: float = 2.0, images: int = 3, image_size: int = 64
+        text_tokens: int = 0,
+        guidance_scale: float = 2.0,
+        images: int = 3,
+        image_size: int = 64,
+        device: str = "cpu",
     ) -> Any:
         return script("rollout_contenders").Case(
             model="tiny",
@@ -104,7 +108,7 @@ def case_of(script: Callable[[str], Any]) -> Callable[..., Any]:
             images=images,
             guidance_scale=guidance_scale,
             dtype=torch.float32,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             text_tokens=text_tokens,
         )
 
@@ -230,6 +234,91 @@ def test_the_compiled_step_draws_the_engines_greedy_tokens(
     params = SamplingParams(guidance_scale=2.0, temperature=0.0)
     expected = RolloutEngine(policy, max_slots=3).draw(case.conditions, params, seed=0).token_ids
     assert torch.equal(peer.draw()[0], expected)
+
+
+def written_in_place(step: Callable[[], object], compile_as: Callable[[Any], None]) -> list[bool]:
+    """Of the one graph that a step is compiled to: whether each cache keeps its address.
+
+    A recorded CUDA graph may write to such inputs alone; with others the compiler skips recording.
+    """
+    graphs: list[list[bool]] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        caches = [x for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4 and len(x) == 6]
+        graphs.append([hasattr(cache, "_dynamo_static_input_type") for cache in caches])
+        return graph.forward
+
+    compile_as(backend)
+    step()
+    torch.compiler.reset()
+    (only,) = graphs
+    return only
+
+
+@pytest.mark.slow
+def test_a_graph_may_write_to_the_static_caches(
+    script: Callable[[str], Any], case_of: Callable[..., Any]
+) -> None:
+    case = case_of()
+    peer = script("static_cache_peer").StaticCachePeer(case, case.policy(), compiled=False)
+    peer.prepare()
+
+    def compile_as(backend: Any) -> None:
+        step = peer._decoder.step
+        peer._call = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
+
+    assert written_in_place(lambda: peer.step(3), compile_as) == [True] * 4
+
+
+@pytest.mark.slow
+def test_a_graph_may_write_to_the_cache_of_transformers(
+    script: Callable[[str], Any], case_of: Callable[..., Any]
+) -> None:
+    pytest.importorskip("transformers")
+    peer = script("hf_static_peer").HfStaticPeer(case_of())
+    peer.prepare()
+
+    def compile_as(backend: Any) -> None:
+        peer._forward = torch.compile(peer._model, fullgraph=True, backend=backend)
+
+    assert written_in_place(lambda: peer.step(3), compile_as) == [True] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text_tokens", [0, 5])
+def test_the_replayed_step_draws_the_eager_steps_greedy_tokens(
+    script: Callable[[str], Any], case_of: Callable[..., Any], text_tokens: int
+) -> None:
+    case = case_of(text_tokens, device="cuda")
+    policy = lively(case.policy())
+    build = script("static_cache_peer").StaticCachePeer
+    eager = build(case, policy, compiled=False, greedy=True)
+    replayed = build(case, policy, num_stretches=2, greedy=True)
+    expected = eager.draw()[0]
+    assert torch.equal(replayed.draw()[0], expected)
+    assert torch.equal(replayed.draw()[0], expected)
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_draws_anew(
+    script: Callable[[str], Any], case_of: Callable[..., Any]
+) -> None:
+    case = case_of(device="cuda")
+    peer = script("static_cache_peer").StaticCachePeer(case, case.policy())
+    # Of 16,384 nearly even tokens each is drawn once in 16,384 times.
+    assert not torch.equal(peer.draw()[0][:, 1:], peer.draw()[0][:, 1:])
+
+
+@pytest.mark.gpu
+def test_transformers_llama_runs_compiled_on_a_gpu(
+    script: Callable[[str], Any], case_of: Callable[..., Any]
+) -> None:
+    pytest.importorskip("transformers")
+    peer = script("hf_static_peer").HfStaticPeer(case_of(device="cuda"))
+    peer.prepare()
+    for position in range(1, 20):
+        peer.step(position)
+    assert peer.rollout().shape == (3, 16)
 
 
 def test_transformers_llama_runs_over_its_static_cache_again_and_again(
@@ -372,7 +461,7 @@ def test_rows_of_text_and_of_two_sizes_have_all_contenders(
     output = tmp_path / "rows.jsonl"
     command = [
         "--models", "tiny", "--image_size", "64", "80", "--images", "3", "--threads", "1",
-        "--samples", "1", "--deterministic_images", "0", "--text_tokens", "5",
+        "--samples", "1", "--rollouts", "0", "--deterministic_images", "0", "--text_tokens", "5",
         "--peer", "static_cache", "hf_static", "--output", str(output),
     ]  # fmt: skip
     script("bench_rollout").main(command)
