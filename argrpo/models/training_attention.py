@@ -83,10 +83,13 @@ def _shared_prefix_hidden(policy: Policy, conditions: Conditions, token_ids: Ten
     x = torch.cat([prefix.embeddings.flatten(0, 1)[places], fed.flatten(0, 1)])
     prefix_len, num_fed = prefix.mask.shape[1], fed.shape[1]
     rotary = policy.rotary[prefix_len : prefix_len + num_fed]
-    attend = SharedPrefixAttend(rotary, prefix.mask, places, once.index)
+    lengths = prefix.mask.sum(dim=1)
+    columns = count_columns(lengths[once.index], policy.shape.head_dim)
+    seen = prefix.mask.cumsum(dim=1).clamp(min=1)
+    attend = SharedPrefixAttend(rotary, seen, columns, places, once.index)
     hidden = policy.trunk(x[None], attend)[0]
     # Valid positions come last in a prompt: its last one predicts token 0.
-    last = prefix.mask.sum(dim=1).cumsum(dim=0) - 1
+    last = lengths.cumsum(dim=0) - 1
     first = hidden[: len(places)][last[once.index]]
     rest = hidden[len(places) :].unflatten(0, fed.shape[:2])
     return torch.cat([first[:, None], rest], dim=1)
@@ -115,8 +118,9 @@ class SharedPrefixAttend:
     """The valid positions of P distinct prompts, then N images that each follow one of them."""
 
     rotary: Tensor  # [I, D / 2, 2] fp32, of the image positions
-    mask: Tensor  # [P, M] bool, True on valid positions, the last one always
-    places: Tensor  # [R] int64, where mask.flatten() is True
+    seen: Tensor  # [P, M] int64, valid positions up to each, at least 1; the last one is valid
+    columns: Tensor  # [N, 3] fp32, `count_columns` of the prompts' lengths
+    places: Tensor  # [R] int64, the valid ones among the P * M
     index: Tensor  # [N] int64, the prompt of an image
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
@@ -126,21 +130,19 @@ class SharedPrefixAttend:
         images = images.unflatten(0, (len(self.index), len(self.rotary)))
         q, k = rotate(images[:, :, :2], self.rotary).unbind(2)
         # What an image sees of its text is what the text's last position saw.
-        counts = self.mask.sum(dim=1)[self.index]
-        out = attend_after_mean(q, k, images[:, :, 2], means[:, -1][self.index], counts)
+        out = attend_after_mean(q, k, images[:, :, 2], means[:, -1][self.index], self.columns)
         read = means.flatten(0, 1)[self.places].to(qkv.dtype)
         return torch.cat([read, out.flatten(0, 1)]).flatten(1)[None]
 
     def _running_means(self, values: Tensor) -> Tensor:
         """[R, H, D] -> [P, M, H, D] fp32: of the valid positions up to each."""
-        grid = values.new_zeros(self.mask.numel(), *values.shape[1:], dtype=torch.float32)
-        grid = grid.index_copy(0, self.places, values.float()).unflatten(0, self.mask.shape)
-        counts = self.mask.cumsum(dim=1).clamp(min=1)
-        return grid.cumsum(dim=1) / counts[:, :, None, None]
+        grid = values.new_zeros(self.seen.numel(), *values.shape[1:], dtype=torch.float32)
+        grid = grid.index_copy(0, self.places, values.float()).unflatten(0, self.seen.shape)
+        return grid.cumsum(dim=1) / self.seen[:, :, None, None]
 
 
-def attend_after_mean(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, counts: Tensor) -> Tensor:
-    """Causal attention that also sees `counts` entries of score 0 whose values average `mean`.
+def attend_after_mean(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, columns: Tensor) -> Tensor:
+    """Causal attention that also sees some entries of score 0 whose values average `mean`.
 
     Those entries weigh count * e^0 together, as one entry with the score log(count). Its key is
     therefore zero where the others have theirs, and log(count) in a column of its own, in which
@@ -151,30 +153,46 @@ def attend_after_mean(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, counts: Ten
     times as long on a CPU: 12 heads of 64, 255 positions, fp32, both ways), but the public function
     does not give the log-sum-exp, and the private ones differ by device and dtype.
 
-    Log(count) is split into parts of 8 bits, each exact in bf16, which a kernel adds up in fp32.
-
     Args:
         q, k, v: [N, I, H, D], rotated.
         mean: [N, H, D] fp32.
-        counts: [N] integer, at least 1.
+        columns: [N, 3], `count_columns` of their number.
 
     Returns:
         [N, I, H, D] in the dtype of q.
     """
     head_dim = q.shape[-1]
     width = _next_multiple(head_dim + _BF16_PARTS)
-    parts = _bf16_parts(counts.log() * head_dim**0.5)
     added = slice(head_dim, head_dim + _BF16_PARTS)
     # On the right the columns, in front the row.
     wider = (0, width - head_dim, 0, 0, 1, 0)
     q, k = F.pad(q, wider), F.pad(k, wider)
     with torch.no_grad():  # constants, where the padding has put zeros
         q[..., added] = 1
-        k[:, 0, :, added] = parts[:, None]
+        k[:, 0, :, added] = columns[:, None]
     v = F.pad(torch.cat([mean[:, None].to(v.dtype), v], dim=1), (0, width - head_dim))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5)
     return out.transpose(1, 2)[:, 1:, :, :head_dim]
+
+
+def count_columns(counts: Tensor, head_dim: int) -> Tensor:
+    """What a key has where queries have ones, to score log(count) after the scale of attention.
+
+    In parts of 8 bits, each exact in bf16, which a kernel adds up in fp32.
+
+    Args:
+        counts: [N] integer, at least 1.
+        head_dim: D; scores are scaled by D^-1/2.
+
+    Returns:
+        [N, 3] fp32.
+    """
+    left, parts = counts.log() * head_dim**0.5, []
+    for _ in range(_BF16_PARTS):
+        parts.append(left.bfloat16().float())
+        left = left - parts[-1]
+    return torch.stack(parts, dim=-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,12 +215,3 @@ class PackedAttend:
 
 def _next_multiple(size: int) -> int:
     return -(-size // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
-
-
-def _bf16_parts(x: Tensor) -> Tensor:
-    """[N] fp32 -> [N, 3] fp32 that sum to it, each of them exact in bf16."""
-    parts = []
-    for _ in range(_BF16_PARTS):
-        parts.append(x.bfloat16().float())
-        x = x - parts[-1]
-    return torch.stack(parts, dim=-1)

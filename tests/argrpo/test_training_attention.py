@@ -13,7 +13,7 @@ from argrpo.engine.attention import CausalAttend, prefix_allowed
 from argrpo.engine.conditions import Conditions, TextFeatures, moved_to
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
-from argrpo.models.training_attention import attend_after_mean
+from argrpo.models.training_attention import attend_after_mean, count_columns
 
 PREFIX_LEN = 12
 LENGTHS = (1, 12, 5)  # one position, all of them, between
@@ -159,7 +159,8 @@ def test_entries_of_score_zero_count_as_many(head_dim: int) -> None:
     tensors["mean"] = torch.randn(3, 2, head_dim)
     exact = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
     ours = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    out, expected = attend_after_mean(**ours, counts=counts), mean_by_hand(**exact, counts=counts)
+    out = attend_after_mean(**ours, columns=count_columns(counts, head_dim))
+    expected = mean_by_hand(**exact, counts=counts)
     torch.testing.assert_close(out.double(), expected, **TOLERANCE)
     upstream = torch.randn_like(out)
     gradients = torch.autograd.grad(out, list(ours.values()), upstream)
@@ -174,7 +175,7 @@ def test_a_count_loses_nothing_in_bf16() -> None:
     """What log(count) rounded to bf16 would lose shows on values that only the texts have."""
     counts = torch.arange(1, 121)
     q = k = v = torch.zeros(120, 1, 1, 64, dtype=torch.bfloat16)
-    out = attend_after_mean(q, k, v, torch.ones(120, 1, 64), counts)
+    out = attend_after_mean(q, k, v, torch.ones(120, 1, 64), count_columns(counts, 64))
     share = (counts / (counts + 1))[:, None].expand(-1, 64)
     # Rounded once, at the end: half a unit in the last place, and as much again for the weights,
     # which kernels round to bf16 before they multiply values with them.
