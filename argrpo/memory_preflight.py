@@ -27,6 +27,7 @@ from argrpo.peak_memory import MemoryUse, memory_use
 from argrpo.token_scores import HeadInputs, TokensToScore, head_inputs
 
 _FP32 = 4
+_CACHE_SHARE = 0.8  # of what an optimizer step leaves; the rest is for graphs, decoding and judges
 # Token id, and fp32 log-probs of draw, pass before and reference, entropies of the draw.
 _TOKEN_BYTES = 8 + 4 * _FP32
 
@@ -73,6 +74,27 @@ class MemoryForecast:
         """The most images, up to `num_images`, whose peak fits; 0 if not even one does."""
         fitting = [m for m in range(1, num_images + 1) if self.peak(m) <= num_bytes]
         return max(fitting, default=0)
+
+    def left_for_cache(self, config: TrainConfig, num_bytes: int) -> int:
+        """Bytes of keys and values that fit beside an optimizer step.
+
+        Args:
+            config: the run.
+            num_bytes: what there is for all of it, the weights that stand already included.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        images = config.images_per_step // config.minibatches
+        peak = self.peak(min(config.micro_batch, images))
+        left = int(_CACHE_SHARE * (num_bytes - peak))
+        if left <= 0:
+            raise ValueError(
+                f"micro_batch: expected an optimizer step that leaves room to draw images, got one "
+                f"of {_size(peak)} in {_size(num_bytes)}; lower it, or set gradient_checkpointing, "
+                "reference.device cpu or policy.dtype bfloat16"
+            )
+        return left
 
     def describe(self, config: TrainConfig, num_bytes: int) -> list[str]:
         """What is foreseen, and a micro-batch that fits, in words.

@@ -42,8 +42,6 @@ from argrpo.step_profile import StepProfile
 from argrpo.trackers import Tracker, make_trackers
 
 _LOG = logging.getLogger(__name__)
-# Of what an optimizer step leaves free: for graphs, decoding, judges at work.
-_SPARE_SHARE = 0.8
 
 
 class TrainResult(NamedTuple):
@@ -145,10 +143,7 @@ class Trainer:
         kv_bytes = config.kv_bytes
         if kv_bytes is None and self._device.type == "cuda":
             # The cache stays while the optimizer steps.
-            images = config.images_per_step // config.minibatches
-            step = self._forecast.peak(min(config.micro_batch, images))
-            spare = int(_SPARE_SHARE * (self._bytes_for_a_step() - step))
-            kv_bytes = spare if spare > 0 else None
+            kv_bytes = self._forecast.left_for_cache(config, self._bytes_for_a_step())
         return RolloutEngine(
             self.policy,
             max_slots=slots,

@@ -166,6 +166,15 @@ def test_what_is_foreseen_is_said_with_a_remedy() -> None:
     assert len(forecast.describe(config, forecast.peak(4))) == 1
 
 
+def test_the_cache_gets_a_share_of_what_an_optimizer_step_leaves() -> None:
+    policy, config = make_run(micro_batch=4)
+    forecast = forecast_memory(policy, config, torch.arange(2))
+    peak = forecast.peak(4)
+    assert forecast.left_for_cache(config, peak + GB) == GB * 8 // 10
+    with pytest.raises(ValueError, match=r"micro_batch: expected an optimizer step that leaves ro"):
+        forecast.left_for_cache(config, peak)
+
+
 def test_a_reference_on_the_cpu_and_an_average_are_counted_where_they_stand() -> None:
     policy, beside = make_run(micro_batch=4)
     _, away = make_run(micro_batch=4, reference=ReferenceConfig(device="cpu"))
