@@ -46,7 +46,8 @@ def measured_case(
     case: Case, policy: LlamaGen, ceilings: Ceilings, args: argparse.Namespace
 ) -> tuple[list[Row], float]:
     """The rows of a case, and how many cores worked for others meanwhile."""
-    forget_compiled(case.device)
+    if args.peer:
+        forget_compiled(case.device)
     # Before the others' work is counted: a compiler's processes would be among them.
     peers = peers_of(case, policy, args.peer, args.peer_path)
     others = OtherWork()
