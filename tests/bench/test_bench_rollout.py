@@ -180,6 +180,8 @@ def test_every_model_size_and_scale_is_a_case_and_is_measured_once(
         return policy_of(case)
 
     monkeypatch.setattr(scripts.contenders.Case, "policy", counted)
+    # A file saved meanwhile would make it another commit.
+    monkeypatch.setattr("result_rows.commit_described", lambda: "abc1234")
     output = tmp_path / "rollout.jsonl"
     asked = command(output, "--rollouts", "0", "--deterministic_images", "0", "--resume")
     asked[asked.index("3")] = "2"
