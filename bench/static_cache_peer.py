@@ -54,7 +54,7 @@ class StaticCachePeer:
             greedy: the likeliest token instead of a draw.
         """
         self.name = "static_cache" if num_stretches == 1 else f"static_cache_{num_stretches}"
-        self._case, self._policy = case, policy
+        self._case, self._policy, self._conditions = case, policy, case.conditions
         self._prefix_len = policy.shape.prefix_len
         num_entries = _rounded_up(self._prefix_len + case.num_tokens - 1)
         lengths = {
@@ -162,10 +162,9 @@ class StaticCachePeer:
     @torch.no_grad()
     def _prefixes(self) -> tuple[Tensor, Tensor]:
         """[R, P, dim] embeddings and [R, P] bool mask, conditional rows first."""
-        conditions = self._case.conditions
-        branches = [conditions]
+        branches = [self._conditions]
         if self._case.is_guided:
-            branches.append(self._policy.null_conditions(conditions))
+            branches.append(self._policy.null_conditions(self._conditions))
         prefixes = [self._policy.embed_conditions(branch) for branch in branches]
         embeddings = torch.cat([prefix.embeddings for prefix in prefixes])
         return embeddings, torch.cat([prefix.mask for prefix in prefixes])
