@@ -14,8 +14,8 @@ does. Contenders take turns, because a machine's speed drifts by more than they 
     flash_attn, xformers    policy.attention, where they are installed
 
 `percent_of_limit` counts the operations that the result needs, products and causal attention once
-forward and twice backward, never what a contender does beside that, over what a large product
-reached in this run. One row a contender is appended to --output after each case.
+forward and twice backward, over the rate of a large matrix product that takes turns with them.
+One row a contender is appended to --output after each case.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from result_rows import Row, append_row, environment, rows_like
 from rollout_contenders import MODELS, Case
-from timing import Call, Ceilings, ceilings_of, clock_of, pinned_threads
+from timing import Call, clock_of, pinned_threads
 from torch import Tensor
 from turns import OtherWork, PeakMemory, measure_in_turns
 
@@ -173,15 +173,24 @@ def check_same(hiddens: dict[str, Hidden], dtype: torch.dtype) -> None:
             )
 
 
-def rows_of(trunk: Trunk, ceilings: Ceilings, samples: int) -> list[Row]:
+def large_product(case: Case) -> tuple[Call, int]:
+    """A square matrix product that a device runs at its full rate, and its operations."""
+    width = 8192 if case.device.type == "cuda" else 1024
+    left, right = torch.randn(2, width, width, device=case.device).to(case.dtype)
+    return lambda: torch.mm(left, right), 2 * width**3
+
+
+def rows_of(trunk: Trunk, samples: int) -> list[Row]:
     """One row a contender."""
     hiddens = contenders(trunk)
     check_same(hiddens, trunk.case.dtype)
     calls = {name: trunk.both_ways(hidden) for name, hidden in hiddens.items()}
     peaks = {name: _peak_bytes(trunk, call) for name, call in calls.items()}
     trunk.policy.zero_grad(set_to_none=True)
-    calls = {"floor": trunk.products()} | calls
+    multiply, flops = large_product(trunk.case)
+    calls = {"large product": multiply, "floor": trunk.products()} | calls
     timings = measure_in_turns(calls, clock_of(trunk.case.device), warmup=1, samples=samples)
+    limit = flops / timings.pop("large product").p50_us * 1e6
     rows = []
     for name, timing in timings.items():
         row: Row = {
@@ -193,16 +202,17 @@ def rows_of(trunk: Trunk, ceilings: Ceilings, samples: int) -> list[Row]:
             "images_per_s": round(trunk.case.images / timing.p50_us * 1e6, 4),
             "over_floor": round(timing.p50_us / timings["floor"].p50_us, 3),
             "over_ours": round(timing.p50_us / timings["argrpo"].p50_us, 3),
+            "limit_tflops": round(limit / 1e12, 3),
         }
         if name in peaks:
             rate = trunk.flops / timing.p50_us * 1e6
-            row["percent_of_limit"] = round(100 * rate / ceilings.flops_per_second, 1)
+            row["percent_of_limit"] = round(100 * rate / limit, 1)
             row["peak_mb"] = round(peaks[name] / 1e6, 1)
         rows.append(row)
     return rows
 
 
-def facts_of(case: Case, ceilings: Ceilings, threads: int) -> Row:
+def facts_of(case: Case, threads: int) -> Row:
     """What all rows of a case have in common."""
     texts = f", {case.text_tokens} text positions" if case.text_tokens else ""
     facts: Row = {
@@ -215,7 +225,6 @@ def facts_of(case: Case, ceilings: Ceilings, threads: int) -> Row:
         "text_tokens": case.text_tokens,
         "dtype": str(case.dtype).removeprefix("torch."),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "limit_tflops": round(ceilings.flops_per_second / 1e12, 3),
         **environment(case.device),
     }
     if case.device.type == "cpu":
@@ -257,18 +266,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    on_cpu = args.device.type == "cpu"
     sizes = {"image_size": args.image_size, "guidance_scale": 1.0}
     make_case = partial(Case, **sizes, dtype=args.dtype, device=args.device)
-    with pinned_threads(args.threads) if on_cpu else nullcontext():
-        ceilings = ceilings_of(args.device, args.dtype)
+    with pinned_threads(args.threads) if args.device.type == "cpu" else nullcontext():
         for model, text_tokens, images in product(args.models, args.text_tokens, args.images):
             case = make_case(model=model, text_tokens=text_tokens, images=images)
-            facts = facts_of(case, ceilings, args.threads)
+            facts = facts_of(case, args.threads)
             if args.resume and is_measured(args.output, facts):
                 continue
-            others = OtherWork()
-            rows = rows_of(Trunk.of(case), ceilings, args.samples)
+            others, rows = OtherWork(), rows_of(Trunk.of(case), args.samples)
             facts["others_busy_cores"] = round(others.busy_cores(), 2)
             print(", ".join(f"{name} {value}" for name, value in facts.items()))
             print(table(rows), flush=True)
@@ -278,8 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def is_measured(path: Path, facts: Row) -> bool:
     """Whether a case has rows of this commit, machine and dtype already."""
-    same = (facts["case"], facts["dtype"])
-    return any((row["case"], row["dtype"]) == same for row in rows_like(path, facts))
+    rows = rows_like(path, facts)
+    return any(all(row[key] == facts[key] for key in ("case", "dtype")) for row in rows)
 
 
 def _peak_bytes(trunk: Trunk, call: Call) -> int:
