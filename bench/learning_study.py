@@ -7,8 +7,10 @@
 One row for each training, appended to OUTPUT/rows.jsonl as soon as it is measured: seed by seed, so
 that a study that was cut is still balanced. First come the judge alone and some weights of LOO-FID
 on the first seed: `chosen_weight` takes one of them by a rule, and it is held for all seeds. Last
-come more weights, which only the frontier shows. What the arms are stands in study_arms.py, what is
-measured in study_measures.py, the claims in study_claims.py.
+come two long runs, and more weights for the frontier.
+
+What the arms are stands in study_arms.py, what is measured in study_measures.py, the claims in
+study_claims.py, the page in study_tables.py.
 """
 
 import argparse
@@ -22,9 +24,10 @@ from pathlib import Path
 import torch
 from result_rows import Row, append_row, environment, rows_in
 from study_arms import ARMS, WITH_LOOFID, Job, train
-from study_claims import CANDIDATES, chosen_weight, summary
+from study_claims import CANDIDATES, chosen_weight
 from study_measures import BASE_SCALES, SCALES, measure
 from study_plots import draw_plots
+from study_tables import summary
 
 from argrpo.digits.assets import DigitsAssets, default_cache_dir, digits_assets
 
@@ -44,6 +47,10 @@ class Size:
 
     more_weights: tuple[float, ...] = (0.0, 1.0, 4.0)
     """Of the frontier alone; 0 is the reward for entropy without LOO-FID."""
+
+    long_steps: int | None = 168
+    """Of one more run of judge and of judge_loofid on the first seed, last in the plan but the
+    weights: claims (a) and (b) depend on how far a policy was pushed. None leaves them out."""
 
     evaluation_images: int = 600
 
@@ -70,6 +77,10 @@ def planned(size: Size, rows: list[Row]) -> Iterator[Job]:
                 loo_fid_weight=chosen if arm in WITH_LOOFID else 0.0,
                 **sizes,
             )
+    if size.long_steps:
+        longer = {"seed": first, "steps": size.long_steps, "group": size.group}
+        yield Job(arm="judge", **longer)
+        yield Job(arm="judge_loofid", loo_fid_weight=chosen, **longer)
     for weight in size.more_weights:
         yield Job(arm="judge_loofid", seed=first, loo_fid_weight=weight, **sizes)
 

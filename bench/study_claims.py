@@ -8,8 +8,8 @@
     (d)  the guided policy reaches the same reward in fewer images than the conditional one
 
 Differences are taken within a seed, whose arms are measured on the same random numbers. A spread is
-the standard deviation over seeds. A claim holds if the mean says so; in how many seeds it holds by
-itself stands beside.
+the standard deviation over seeds. A claim holds if the mean and every seed by itself say so; it is
+not shown if the mean does and a seed does not.
 """
 
 import math
@@ -18,7 +18,6 @@ from statistics import mean, stdev
 
 from result_rows import Row
 from study_arms import ARMS, GUIDANCE, WITH_LOOFID
-from study_measures import MEASURES
 
 MOST_ACCURACY_LOST = 0.02
 LEAST_RECALL_REGAINED = 0.5
@@ -28,7 +27,6 @@ WINDOW = 8
 CANDIDATES = (0.5, 2.0)
 """Weights of LOO-FID that the arms may take; the last, as released, where none was tried."""
 _TARGETS = (0.5, 0.9)  # of the way that the conditional arm's reward goes
-_DIGITS = {"frechet": 1, "entropy": 2}
 
 
 def score(row: Row, measure: str, scale: float) -> float:
@@ -60,8 +58,15 @@ def chosen_weight(rows: Sequence[Row]) -> float:
     return float(best["loo_fid_weight"])
 
 
+def usual_rows(rows: Sequence[Row]) -> list[Row]:
+    """Those of the arms' budget, without the long runs."""
+    steps = min((row["steps"] for row in rows), default=0)
+    return [row for row in rows if row["steps"] == steps]
+
+
 def frontier_rows(rows: Sequence[Row]) -> list[Row]:
     """The judge alone and with LOO-FID at every weight, on the first seed, by weight."""
+    rows = usual_rows(rows)
     first = min((row["seed"] for row in rows), default=0)
     own = [r for r in rows if r["seed"] == first and r["arm"] in ("judge", "judge_loofid")]
     return sorted(own, key=lambda row: (row["arm"] != "judge", row["loo_fid_weight"]))
@@ -71,10 +76,22 @@ def by_arm(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     """The rows of the arms by arm and seed, of LOO-FID's those with the chosen weight."""
     arms: dict[str, dict[int, Row]] = {arm: {} for arm in ARMS}
     chosen = chosen_weight(rows)
-    for row in rows:
+    for row in usual_rows(rows):
         if row["arm"] not in WITH_LOOFID or row["loo_fid_weight"] == chosen:
             arms[row["arm"]][row["seed"]] = row
     return {arm: seeds for arm, seeds in arms.items() if seeds}
+
+
+def long_arms(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """The long runs as arms, beside the base at their seeds; empty where there is none."""
+    usual = usual_rows(rows)
+    arms: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row["steps"] != usual[0]["steps"]:
+            arms.setdefault(row["arm"], {})[row["seed"]] = row
+    seeds = {seed for runs in arms.values() for seed in runs}
+    base = {row["seed"]: row for row in usual if row["arm"] == "base" and row["seed"] in seeds}
+    return {"base": base, **arms} if arms else {}
 
 
 def images_to_reach(rewards: Sequence[float], target: float, images_per_step: int) -> float:
@@ -87,7 +104,12 @@ def images_to_reach(rewards: Sequence[float], target: float, images_per_step: in
 
 def claims(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
     """One paragraph a claim; one whose arms have no row says so."""
-    return [_claim_a(arms), _claim_b(arms), *_claim_c(arms), _claim_d(arms)]
+    return [*claims_on_rewards(arms), *_claim_c(arms), _claim_d(arms)]
+
+
+def claims_on_rewards(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
+    """Claims (a) and (b)."""
+    return [_claim_a(arms), _claim_b(arms)]
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -97,18 +119,14 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def cell(rows: Sequence[Row], measure: str, scale: float) -> str:
-    """A measure over seeds, for a table."""
-    return spread([score(row, measure, scale) for row in rows], _DIGITS.get(measure, 3))
-
-
 def _shared(arms: Mapping[str, Mapping[int, Row]], *names: str) -> list[int]:
     """Seeds of which all of these arms have a row."""
     return sorted(set.intersection(*(set(arms.get(name, {})) for name in names)))
 
 
 def _verdict(by_mean: bool, by_seed: Sequence[bool]) -> str:
-    return f"{'holds' if by_mean else 'does not hold'} ({sum(by_seed)} of {len(by_seed)} seeds)"
+    verdict = ("holds" if all(by_seed) else "is not shown") if by_mean else "does not hold"
+    return f"{verdict} ({sum(by_seed)} of {len(by_seed)} seeds)"
 
 
 def _claim_a(arms: Mapping[str, Mapping[int, Row]]) -> str:
@@ -212,89 +230,3 @@ def _images_of_pair(judge: Row, guided: Row, share: float) -> tuple[float, float
 
 def _counted(images: float) -> str:
     return f"{images:,.0f}" if math.isfinite(images) else "never"
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """The whole page in Markdown: tables and claims."""
-    arms = by_arm(rows)
-    return "\n".join(
-        [
-            "# The learning study",
-            "",
-            "Written by `python bench/learning_study.py --summary` from `rows.jsonl`: mean ±",
-            "standard deviation over seeds. How to read it stands in `bench/README.md`.",
-            "",
-            *_sizes(rows),
-            "",
-            *_arm_table(arms),
-            "",
-            "## Claims",
-            "",
-            *[line for claim in claims(arms) for line in (claim, "")],
-            *_base_table(arms.get("base", {})),
-            *_frontier_table(rows),
-        ]
-    )
-
-
-def _sizes(rows: Sequence[Row]) -> list[str]:
-    drawing = [row for row in rows if row["curves"]]
-    if not drawing:
-        return []
-    row, seconds = drawing[0], sum(r["train_seconds"] + r["measure_seconds"] for r in rows)
-    return [
-        f"{row['steps']} steps of {row['images'] // row['steps']} images ({row['images']:,} drawn) "
-        f"an arm and seed, measured on {row['evaluation_images']:,} fresh images at each guidance; "
-        f"{len(rows)} trainings, {seconds / 60:.0f} minutes in all, on {row['device']}."
-    ]
-
-
-def _arm_table(arms: Mapping[str, Mapping[int, Row]]) -> list[str]:
-    lines = [
-        f"| arm | guidance | {' | '.join(MEASURES)} | seeds | training, s |",
-        f"|---|---|{'---|' * (len(MEASURES) + 2)}",
-    ]
-    for scale in (GUIDANCE, 1.0):
-        for arm, seeds in arms.items():
-            rows = list(seeds.values())
-            cells = " | ".join(cell(rows, measure, scale) for measure in MEASURES)
-            seconds = spread([row["train_seconds"] for row in rows], 0)
-            lines.append(f"| {arm} | {scale:g} | {cells} | {len(rows)} | {seconds} |")
-    return lines
-
-
-def _base_table(base: Mapping[int, Row]) -> list[str]:
-    if not base:
-        return []
-    rows = list(base.values())
-    lines = ["## The base over guidance", "", f"| guidance | {' | '.join(MEASURES)} |"]
-    lines.append(f"|---|{'---|' * len(MEASURES)}")
-    for record in rows[0]["scores"]:
-        scale = record["guidance_scale"]
-        lines.append(f"| {scale:g} | {' | '.join(cell(rows, m, scale) for m in MEASURES)} |")
-    return [*lines, ""]
-
-
-def _frontier_table(rows: Sequence[Row]) -> list[str]:
-    frontier = frontier_rows(rows)
-    if len(frontier) < 2:
-        return []
-    lines = [
-        f"## The frontier: seed {frontier[0]['seed']}, guidance {GUIDANCE:g}",
-        "",
-        f"| rewards | {' | '.join(MEASURES)} |",
-        f"|---|{'---|' * len(MEASURES)}",
-    ]
-    for row in frontier:
-        cells = " | ".join(cell([row], measure, GUIDANCE) for measure in MEASURES)
-        lines.append(f"| {frontier_name(row)} | {cells} |")
-    return [*lines, "", f"Chosen for the arms: weight {chosen_weight(rows):g}.", ""]
-
-
-def frontier_name(row: Row) -> str:
-    """What a run of the frontier trained on."""
-    if row["arm"] == "judge":
-        return "judge"
-    if row["loo_fid_weight"] == 0:
-        return "judge, entropy"
-    return f"judge, entropy, LOO-FID {row['loo_fid_weight']:g}"

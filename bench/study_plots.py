@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from result_rows import Row
 from study_arms import ARMS, GUIDANCE
-from study_claims import WINDOW, by_arm, frontier_name, frontier_rows, score
+from study_claims import WINDOW, by_arm, frontier_rows, score
+from study_tables import frontier_name
 
 _COLOURS = dict(
     zip(ARMS, ("#666666", "#1f77b4", "#d62728", "#9467bd", "#2ca02c", "#8c564b"), strict=True)
