@@ -113,7 +113,8 @@ def measured_rollout(work: Work, rows: Sequence[Row]) -> Cost | None:
             and row.get("images") == work.images
             and row.get("guidance_scale") == work.guidance_scale
         ):
-            speed = row.get("rollout_images_per_s", row["images_per_s"])
+            is_whole = "rollout_images_per_s" in row
+            speed: float = row["rollout_images_per_s" if is_whole else "images_per_s"]
             return Cost(work.images / speed, is_measured=True)
     return None
 

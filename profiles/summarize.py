@@ -31,7 +31,7 @@ class KernelRow(NamedTuple):
     """All calls of one kernel."""
 
     name: str
-    count: int
+    num_calls: int
     total_ns: int
     gap_ns: int  # idle time before its calls
     num_bytes: int | None  # moved by all of them, where the trace knows
@@ -53,7 +53,7 @@ class RangeRow(NamedTuple):
     """All ranges of one path."""
 
     path: str
-    count: int
+    num_times: int
     span_ns: int
     num_activities: int
     idle_ns: int
@@ -63,7 +63,7 @@ class Summary(NamedTuple):
     """What the tables say."""
 
     whole: str  # the range that shares are of; "" for the whole trace
-    count: int  # of those ranges
+    num_times: int  # that it was opened
     span_ns: int
     gaps: list[int]
     kernels: list[KernelRow]  # most time first
@@ -87,7 +87,7 @@ def summarize(trace: Trace, name: str | None = None) -> Summary:
     counted = sum(len(window.activities) for window in windows)
     return Summary(
         whole=whole,
-        count=len(chosen),
+        num_times=len(chosen),
         span_ns=sum(window.span_ns for window in windows),
         gaps=[length for window in windows for _, length in window.gaps],
         kernels=_kernel_rows(windows),
@@ -101,7 +101,7 @@ def tables(summary: Summary, top: int) -> str:
     """The summary in Markdown, the `top` kernels with the most time in it."""
     work = "kernel" if summary.on_gpu else "operation"
     idle = sum(summary.gaps)
-    of = f"{summary.count} x {summary.whole}" if summary.whole else "the whole trace"
+    of = f"{summary.num_times} x {summary.whole}" if summary.whole else "the whole trace"
     lines = [
         f"{of}: {_ms(summary.span_ns)} ms, of which no {work} ran for {_ms(idle)} ms "
         f"({_percent(idle, summary.span_ns)} %) in {len(summary.gaps)} gaps"
@@ -201,14 +201,14 @@ def _kernel_table(summary: Summary, work: str, top: int) -> list[str]:
     head = [work, "count", "total ms", "mean us", "% of the time", "gap ms", "MB", "GB/s"]
     rows = []
     for row in summary.kernels[:top]:
-        is_call = row.count > 0
+        is_call = row.num_calls > 0
         moved = row.num_bytes is not None and row.total_ns > 0
         rows.append(
             [
                 _short(row.name),
-                str(row.count) if is_call else "",
+                str(row.num_calls) if is_call else "",
                 _ms(row.total_ns) if is_call else "",
-                _us(row.total_ns / row.count) if is_call else "",
+                _us(row.total_ns / row.num_calls) if is_call else "",
                 _percent(row.total_ns, summary.span_ns) if is_call else "",
                 _ms(row.gap_ns),
                 f"{row.num_bytes / 1e6:.3f}" if row.num_bytes is not None else "",
@@ -218,7 +218,7 @@ def _kernel_table(summary: Summary, work: str, top: int) -> list[str]:
             ]
         )
     if left := summary.kernels[top:]:
-        count, total = sum(row.count for row in left), sum(row.total_ns for row in left)
+        count, total = sum(row.num_calls for row in left), sum(row.total_ns for row in left)
         share, gap = _percent(total, summary.span_ns), _ms(sum(row.gap_ns for row in left))
         rows.append([f"({len(left)} others)", str(count), _ms(total), "", share, gap, "", ""])
     return _aligned(head, rows)
@@ -230,7 +230,7 @@ def _range_table(summary: Summary, work: str) -> list[str]:
     rows = [
         [
             "- " * (row.path.count("/") - outermost) + _short(row.path.rpartition("/")[2]),
-            str(row.count),
+            str(row.num_times),
             _ms(row.span_ns),
             _percent(row.span_ns, summary.span_ns),
             str(row.num_activities),

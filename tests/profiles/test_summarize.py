@@ -97,7 +97,7 @@ def test_an_nsys_export_gives_counts_times_bytes_and_the_gap_before_each_kernel(
     tmp_path: Path,
 ) -> None:
     summary = summary_of(nsys_export(tmp_path / "report.sqlite"))
-    assert (summary.whole, summary.count, summary.on_gpu) == ("step", 2, True)
+    assert (summary.whole, summary.num_times, summary.on_gpu) == ("step", 2, True)
     assert summary.span_ns == (120 + 60) * US
     assert summary.kernels == [
         # 130 to 140; 315 to 320, after the fill
@@ -126,7 +126,7 @@ def test_kernels_belong_to_the_range_that_launched_them(tmp_path: Path) -> None:
 def test_one_range_can_be_asked_for_without_its_numbers(tmp_path: Path) -> None:
     summary = summary_of(nsys_export(tmp_path / "report.sqlite"), "decode")
     assert summary.span_ns == 50 * US
-    assert [(row.name, row.count) for row in summary.kernels] == [
+    assert [(row.name, row.num_calls) for row in summary.kernels] == [
         ("attention", 1),
         ("void gemm<bf16>", 1),
     ]
@@ -244,7 +244,7 @@ def test_a_gpu_trace_counts_kernels_and_not_the_operations_that_launched_them(
 ) -> None:
     summary = summary_of(chrome_trace(tmp_path / "trace.json", GPU_EVENTS))
     assert (summary.whole, summary.span_ns) == ("rollout", 100_000)
-    assert [(row.name, row.count, row.gap_ns, row.num_bytes) for row in summary.kernels] == [
+    assert [(row.name, row.num_calls, row.gap_ns, row.num_bytes) for row in summary.kernels] == [
         ("attention", 1, 20_000, None),
         ("gemm", 1, 2_000, None),
         ("Memcpy DtoH", 1, 0, 1000),
@@ -268,7 +268,7 @@ def test_a_trace_that_torch_writes_is_read(tmp_path: Path) -> None:
         torch.ones(4).add(1)
     profiler.export_chrome_trace(str(path))
     summary = summary_of(path)
-    counts = {row.name: row.count for row in summary.kernels}
+    counts = {row.name: row.num_calls for row in summary.kernels}
     assert counts["aten::mm"] == 3 and counts["aten::ones"] == 6
     assert "aten::add" not in counts
     own = sum(row.total_ns for row in summary.kernels)
