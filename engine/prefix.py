@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from argrpo.engine.attention import PrefixAttend, PrefixKeyAttend
+from argrpo.engine.cache_plan import ROW_TILE
 from argrpo.engine.conditions import Conditions, distinct, num_images, same_conditions, select
 from argrpo.engine.policy import Policy, Prefix
 from argrpo.engine.weights import weights_version
 
-# Conditions per forward pass, short batches filled up: library products round a row differently
-# when their row count changes, and a prefix must not depend on what else is drawn.
+# Conditions per forward pass. A library product rounds a row differently when their number changes,
+# and a prefix must not depend on what else is drawn, so short batches are filled up: on a GPU to
+# this, on a CPU as far as it was seen to matter (MKL fp32: 24 rows of width 64 still differ).
 _PREFIX_BATCH = 16
+_LEAST_ROWS = 96
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,9 +124,21 @@ def _batches(policy: Policy, prompts: Conditions) -> list[tuple[Prefix, int]]:
     order = torch.arange(num_images(prompts), device=policy.head_weight.device)
     batches = []
     for rows in order.split(_PREFIX_BATCH):
-        filled = torch.cat([rows, rows[-1:].expand(_PREFIX_BATCH - len(rows))])
+        size = _batch_size(len(rows), policy.shape.prefix_len, order.device)
+        filled = torch.cat([rows, rows[-1:].expand(size - len(rows))])
         batches.append((policy.embed_conditions(select(prompts, filled)), len(rows)))
     return batches
+
+
+def _batch_size(count: int, prefix_len: int, device: torch.device) -> int:
+    """Conditions of the batch that so many are filled up to."""
+    if device.type == "cuda":
+        return _PREFIX_BATCH
+    while count < _PREFIX_BATCH and (
+        count * prefix_len < _LEAST_ROWS or count * prefix_len % ROW_TILE
+    ):
+        count += 1
+    return count
 
 
 def _collapse_batch(policy: Policy, prefix: Prefix, n: int) -> PrefixStates:
