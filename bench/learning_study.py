@@ -7,7 +7,7 @@
 One row for each training, appended to OUTPUT/rows.jsonl as soon as it is measured: seed by seed, so
 that a study that was cut is still balanced. First come the judge alone and some weights of LOO-FID
 on the first seed: `chosen_weight` takes one of them by a rule, and it is held for all seeds. Last
-come two long runs, and more weights for the frontier.
+come long runs, seed by seed, and more weights for the frontier.
 
 What the arms are stands in study_arms.py, what is measured in study_measures.py, the claims in
 study_claims.py, the page in study_tables.py.
@@ -49,8 +49,8 @@ class Size:
     """Of the frontier alone; 0 is the reward for entropy without LOO-FID."""
 
     long_steps: int | None = 168
-    """Of one more run of judge and of judge_loofid on the first seed, last in the plan but the
-    weights: claims (a) and (b) depend on how far a policy was pushed. None leaves them out."""
+    """Of one more run of judge and of judge_loofid a seed, last in the plan but the weights: claims
+    (a) and (b) depend on how far a policy was pushed. None leaves them out."""
 
     evaluation_images: int = 600
 
@@ -77,8 +77,8 @@ def planned(size: Size, rows: list[Row]) -> Iterator[Job]:
                 loo_fid_weight=chosen if arm in WITH_LOOFID else 0.0,
                 **sizes,
             )
-    if size.long_steps:
-        longer = {"seed": first, "steps": size.long_steps, "group": size.group}
+    for seed in size.seeds if size.long_steps else ():
+        longer = {"seed": seed, "steps": size.long_steps, "group": size.group}
         yield Job(arm="judge", **longer)
         yield Job(arm="judge_loofid", loo_fid_weight=chosen, **longer)
     for weight in size.more_weights:

@@ -108,7 +108,7 @@ def _long_section(rows: Sequence[Row]) -> list[str]:
     if not arms:
         return []
     images = max(row["images"] for seeds in arms.values() for row in seeds.values())
-    lines = [f"## {images:,} images: claims (a) and (b) further on, one seed", ""]
+    lines = [f"## {images:,} images: claims (a) and (b) further on", ""]
     return [*lines, *_arm_table(arms), "", *[f"{text}\n" for text in claims_on_rewards(arms)]]
 
 

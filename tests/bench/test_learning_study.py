@@ -103,10 +103,12 @@ def test_the_weights_come_first_and_then_every_arm_of_one_seed_after_another() -
         ("judge_loofid", 0.5),
         ("judge_loofid", 2.0),
     ]
-    assert [(job.seed, job.arm) for job in jobs[3:-3]] == [
-        (seed, arm) for seed in (0, 1) for arm in arms.ARMS
+    assert [(job.seed, job.arm, job.steps) for job in jobs[3:-5]] == [
+        (seed, arm, 56) for seed in (0, 1) for arm in arms.ARMS
     ]
-    assert [(job.arm, job.steps) for job in jobs[-3:-1]] == [("judge", 168), ("judge_loofid", 168)]
+    assert [(job.seed, job.arm, job.steps) for job in jobs[-5:-1]] == [
+        (seed, arm, 168) for seed in (0, 1) for arm in ("judge", "judge_loofid")
+    ]
     assert jobs[-1].loo_fid_weight == 9.0
 
 
