@@ -48,9 +48,9 @@ class Size:
     more_weights: tuple[float, ...] = (0.0, 1.0, 4.0)
     """Of the frontier alone; 0 is the reward for entropy without LOO-FID."""
 
-    long_steps: int | None = 168
+    long_steps: int = 168
     """Of one more run of judge and of judge_loofid a seed, last in the plan but the weights: claims
-    (a) and (b) depend on how far a policy was pushed. None leaves them out."""
+    (a) and (b) depend on how far a policy was pushed. 0 leaves them out."""
 
     evaluation_images: int = 600
 

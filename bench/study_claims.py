@@ -213,11 +213,17 @@ def _claim_d(arms: Mapping[str, Mapping[int, Row]]) -> str:
     for share in _TARGETS:
         pairs = [_images_of_pair(arms["judge"][s], arms["guided"][s], share) for s in seeds]
         told = ", ".join(f"{_counted(ours)} against {_counted(its)}" for its, ours in pairs)
-        wins = sum(ours < its for its, ours in pairs)
-        parts.append(f"{share:.0%} of the way: {told} ({wins} of {len(pairs)} seeds sooner)")
+        sooner = [ours < its for its, ours in pairs]
+        by_mean = mean(ours for _, ours in pairs) < mean(its for its, _ in pairs)
+        parts.append(f"for {share:.0%} of the way it {_verdict(by_mean, sooner)}: {told}")
+    ahead = [
+        mean(arms["guided"][s]["curves"]["reward"]) - mean(arms["judge"][s]["curves"]["reward"])
+        for s in seeds
+    ]
     return (
-        "**(d)** images until the reward has gone a share of the way from its first to its last "
-        f"{WINDOW} steps in judge, guided against judge, by seed: {'; '.join(parts)}."
+        f"**(d)** {'; '.join(parts)} images, guided against judge, by seed. The way is that of "
+        f"judge's reward from its first to its last {WINDOW} steps. Over all steps the reward of "
+        f"guided was ahead by {spread(ahead)}."
     )
 
 

@@ -116,7 +116,7 @@ def test_a_second_call_goes_on_where_the_first_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size, path, ran = (
-        study.Size(seeds=(0,), more_weights=(), long_steps=None),
+        study.Size(seeds=(0,), more_weights=(), long_steps=0),
         tmp_path / "rows.jsonl",
         [],
     )

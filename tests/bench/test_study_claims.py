@@ -136,7 +136,7 @@ def test_claim_d_tells_the_images_of_both() -> None:
     text = claim([slow, fast, row("judge", 1), never], "d")
     assert "against never" not in text
     assert "never against" in text
-    assert "1 of 2 seeds sooner" in text
+    assert "for 90% of the way it does not hold (1 of 2 seeds)" in text
 
 
 def test_the_summary_has_all_arms_and_says_what_was_not_measured() -> None:
