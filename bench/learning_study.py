@@ -7,7 +7,7 @@
 One row for each training, appended to OUTPUT/rows.jsonl as soon as it is measured: seed by seed, so
 that a study that was cut is still balanced. First come the judge alone and some weights of LOO-FID
 on the first seed: `chosen_weight` takes one of them by a rule, and it is held for all seeds. Last
-come long runs, seed by seed, and more weights for the frontier.
+come longer runs, and more weights for the frontier.
 
 What the arms are stands in study_arms.py, what is measured in study_measures.py, the claims in
 study_claims.py, the page in study_tables.py.
@@ -17,7 +17,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -49,8 +49,11 @@ class Size:
     """Of the frontier alone; 0 is the reward for entropy without LOO-FID."""
 
     long_steps: int = 168
-    """Of one more run of judge and of judge_loofid a seed, last in the plan but the weights: claims
-    (a) and (b) depend on how far a policy was pushed. 0 leaves them out."""
+    """Of more runs of judge and of judge_loofid, last in the plan but the weights: claims (a) and
+    (b) depend on how far a policy goes from the base. 0 leaves them out."""
+
+    loose_beta: float = 0.01
+    """Weight of the KL in one pair of the long runs, on the first seed."""
 
     evaluation_images: int = 600
 
@@ -77,12 +80,17 @@ def planned(size: Size, rows: list[Row]) -> Iterator[Job]:
                 loo_fid_weight=chosen if arm in WITH_LOOFID else 0.0,
                 **sizes,
             )
-    for seed in size.seeds if size.long_steps else ():
-        longer = {"seed": seed, "steps": size.long_steps, "group": size.group}
-        yield Job(arm="judge", **longer)
-        yield Job(arm="judge_loofid", loo_fid_weight=chosen, **longer)
+    if size.long_steps:
+        longer = Job(arm="judge", seed=first, steps=size.long_steps, group=size.group)
+        yield from pair(longer, chosen)
+        yield from pair(replace(longer, beta=size.loose_beta), chosen)
     for weight in size.more_weights:
         yield Job(arm="judge_loofid", seed=first, loo_fid_weight=weight, **sizes)
+
+
+def pair(judge: Job, weight: float) -> tuple[Job, Job]:
+    """A run of the judge alone and the same with LOO-FID."""
+    return judge, replace(judge, arm="judge_loofid", loo_fid_weight=weight)
 
 
 def is_done(job: Job, rows: list[Row]) -> bool:

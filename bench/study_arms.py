@@ -57,6 +57,9 @@ CURVES = {
 """What a row keeps of every step, by its name in the log."""
 
 GUIDANCE = 2.0
+BETA = 0.1
+"""As AR-GRPO published it for classes."""
+
 VIEWS = 8
 """Times that the control sees each real digit moved and turned in another way."""
 
@@ -75,6 +78,9 @@ class Job:
     """Of arms with LOO-FID, after normalisation, against 1 for the judge."""
 
     steps: int = 56
+    beta: float = BETA
+    """Weight of the KL to the base."""
+
     group: int = 8
     """Images of each digit in a step; every digit comes once a step."""
 
@@ -181,7 +187,7 @@ def train_config(job: Job, assets: DigitsAssets, folder: Path) -> TrainConfig:
         rollout=drawn,
         advantage=AdvantageConfig(aggregation="normalize_kinds_then_sum"),
         objective=ObjectiveConfig(
-            policy="guided" if job.arm == "guided" else "conditional", beta=0.1
+            policy="guided" if job.arm == "guided" else "conditional", beta=job.beta
         ),
         entropy=entropy,
         optimizer=OptimizerConfig(

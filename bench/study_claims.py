@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
 from result_rows import Row
-from study_arms import ARMS, GUIDANCE, WITH_LOOFID
+from study_arms import ARMS, BETA, GUIDANCE, WITH_LOOFID
 
 MOST_ACCURACY_LOST = 0.02
 LEAST_RECALL_REGAINED = 0.5
@@ -59,9 +59,9 @@ def chosen_weight(rows: Sequence[Row]) -> float:
 
 
 def usual_rows(rows: Sequence[Row]) -> list[Row]:
-    """Those of the arms' budget, without the long runs."""
+    """Those of the arms' budget and KL, without the longer runs."""
     steps = min((row["steps"] for row in rows), default=0)
-    return [row for row in rows if row["steps"] == steps]
+    return [row for row in rows if row["steps"] == steps and row["beta"] == BETA]
 
 
 def frontier_rows(rows: Sequence[Row]) -> list[Row]:
@@ -82,16 +82,16 @@ def by_arm(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     return {arm: seeds for arm, seeds in arms.items() if seeds}
 
 
-def long_arms(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """The long runs as arms, beside the base at their seeds; empty where there is none."""
+def longer_runs(rows: Sequence[Row]) -> dict[tuple[int, float], dict[str, dict[int, Row]]]:
+    """By images drawn and weight of the KL: the longer runs as arms, beside the base."""
     usual = usual_rows(rows)
-    arms: dict[str, dict[int, Row]] = {}
+    found: dict[tuple[int, float], dict[str, dict[int, Row]]] = {}
     for row in rows:
-        if row["steps"] != usual[0]["steps"]:
+        if row not in usual:
+            base = {r["seed"]: r for r in usual if (r["arm"], r["seed"]) == ("base", row["seed"])}
+            arms = found.setdefault((row["images"], row["beta"]), {"base": base})
             arms.setdefault(row["arm"], {})[row["seed"]] = row
-    seeds = {seed for runs in arms.values() for seed in runs}
-    base = {row["seed"]: row for row in usual if row["arm"] == "base" and row["seed"] in seeds}
-    return {"base": base, **arms} if arms else {}
+    return found
 
 
 def images_to_reach(rewards: Sequence[float], target: float, images_per_step: int) -> float:

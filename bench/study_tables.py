@@ -10,7 +10,7 @@ from study_claims import (
     claims,
     claims_on_rewards,
     frontier_rows,
-    long_arms,
+    longer_runs,
     score,
     spread,
     usual_rows,
@@ -39,7 +39,7 @@ def summary(rows: Sequence[Row]) -> str:
             *[line for claim in claims(arms) for line in (claim, "")],
             *_base_table(arms.get("base", {})),
             *_frontier_table(rows),
-            *_long_section(rows),
+            *_longer_sections(rows),
         ]
     )
 
@@ -103,13 +103,12 @@ def _frontier_table(rows: Sequence[Row]) -> list[str]:
     return [*lines, "", f"Chosen for the arms: weight {chosen_weight(rows):g}.", ""]
 
 
-def _long_section(rows: Sequence[Row]) -> list[str]:
-    arms = long_arms(rows)
-    if not arms:
-        return []
-    images = max(row["images"] for seeds in arms.values() for row in seeds.values())
-    lines = [f"## {images:,} images: claims (a) and (b) further on", ""]
-    return [*lines, *_arm_table(arms), "", *[f"{text}\n" for text in claims_on_rewards(arms)]]
+def _longer_sections(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for (images, beta), arms in longer_runs(rows).items():
+        lines += [f"## Further on: {images:,} images, weight of the KL {beta:g}", ""]
+        lines += [*_arm_table(arms), "", *[f"{text}\n" for text in claims_on_rewards(arms)]]
+    return lines
 
 
 def frontier_name(row: Row) -> str:

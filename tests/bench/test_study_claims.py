@@ -153,9 +153,9 @@ def test_long_runs_have_a_section_of_their_own_and_are_no_arm() -> None:
     longer = [row("judge", 0, accuracy=0.95, recall=0.4) | {"steps": 48, "images": 3840}]
     assert told.by_arm(usual + longer) == told.by_arm(usual)
     page = tables.summary(usual + longer)
-    assert "## 3,840 images" in page
-    assert "| judge | 2 | 0.950" in page.partition("## 3,840 images")[2]
-    assert "0.950" not in page.partition("## 3,840 images")[0]
+    assert "## Further on: 3,840 images, weight of the KL 0.1" in page
+    assert "| judge | 2 | 0.950" in page.partition("## Further on")[2]
+    assert "0.950" not in page.partition("## Further on")[0]
 
 
 def test_the_plots_are_drawn_from_whatever_rows_there_are(tmp_path: Path) -> None:
