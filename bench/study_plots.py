@@ -41,7 +41,7 @@ def _frontier(arms: Mapping[str, Mapping[int, Row]], frontier: Sequence[Row]) ->
         )
     if frontier:
         points = [_point(row) for row in frontier]
-        axes.plot(*zip(*points, strict=True), "kx--", linewidth=0.8, label="frontier, one seed")
+        axes.plot(*zip(*points, strict=True), "kx", label="frontier, one seed")
         for row, point in zip(frontier, points, strict=True):
             axes.annotate(
                 frontier_name(row), point, xytext=(5, 4), textcoords="offset points", fontsize=7

@@ -14,6 +14,8 @@ told = importlib.import_module("study_claims")
 plots = importlib.import_module("study_plots")
 tables = importlib.import_module("study_tables")
 
+SEEDS = (0, 1, 2)
+
 
 def row(arm: str, seed: int, *, weight: float = 0.0, **scores: float) -> dict[str, Any]:
     """A row whose scores are the same at every scale, unless a name ends in _free."""
@@ -79,19 +81,24 @@ def claim(rows: list[dict[str, Any]], letter: str) -> str:
 
 
 def test_claim_a_needs_more_accuracy_and_less_recall_and_entropy() -> None:
-    base = [row("base", seed) for seed in (0, 1)]
-    good = [row("judge", seed, accuracy=0.9, recall=0.6, entropy=2.5) for seed in (0, 1)]
-    assert "guidance 2 it holds (2 of 2 seeds)" in claim(base + good, "a")
-    wider = [row("judge", seed, accuracy=0.9, recall=0.6, entropy=3.0) for seed in (0, 1)]
-    assert "guidance 2 it does not hold (0 of 2 seeds)" in claim(base + wider, "a")
+    base = [row("base", seed) for seed in SEEDS]
+    good = [row("judge", seed, accuracy=0.9, recall=0.6, entropy=2.5) for seed in SEEDS]
+    assert "guidance 2 it holds (3 of 3 seeds)" in claim(base + good, "a")
+    wider = [row("judge", seed, accuracy=0.9, recall=0.6, entropy=3.0) for seed in SEEDS]
+    assert "guidance 2 it does not hold (0 of 3 seeds)" in claim(base + wider, "a")
 
 
 def test_a_claim_that_only_the_mean_supports_is_not_shown() -> None:
-    base = [row("base", seed) for seed in (0, 1)]
-    one = [
-        row("judge", seed, accuracy=0.9, entropy=2.5, recall=r) for seed, r in enumerate((0.4, 0.9))
-    ]
-    assert "guidance 2 it is not shown (1 of 2 seeds)" in claim(base + one, "a")
+    base = [row("base", seed) for seed in SEEDS]
+    recalls = (0.4, 0.7, 0.9)
+    one = [row("judge", s, accuracy=0.9, entropy=2.5, recall=recalls[s]) for s in SEEDS]
+    assert "guidance 2 it is not shown (2 of 3 seeds)" in claim(base + one, "a")
+
+
+def test_two_seeds_are_too_few_for_a_claim_to_hold() -> None:
+    rows = [row("base", seed) for seed in (0, 1)]
+    rows += [row("judge", seed, accuracy=0.9, recall=0.6, entropy=2.5) for seed in (0, 1)]
+    assert "guidance 2 it points that way (2 of 2 seeds)" in claim(rows, "a")
 
 
 @pytest.mark.parametrize(
@@ -101,11 +108,10 @@ def test_a_claim_that_only_the_mean_supports_is_not_shown() -> None:
 def test_claim_b_needs_accuracy_within_2_points_and_half_of_the_recall(
     accuracy: float, recall: float, verdict: str
 ) -> None:
-    rows = [
-        row("base", 0),  # recall .8
-        row("judge", 0, accuracy=0.9, recall=0.6),
-        row("judge_loofid", 0, weight=2.0, accuracy=accuracy, recall=recall),
-    ]
+    rows = [row("base", seed) for seed in SEEDS]  # recall .8
+    rows += [row("judge", seed, accuracy=0.9, recall=0.6) for seed in SEEDS]
+    both = {"accuracy": accuracy, "recall": recall}
+    rows += [row("judge_loofid", seed, weight=2.0, **both) for seed in SEEDS]
     assert f"at guidance 2 it {verdict} (" in claim(rows, "b")
 
 
@@ -123,7 +129,7 @@ def test_claim_c_compares_without_guidance_with_the_best_of_the_base() -> None:
     better = row("cfg_free", 0, weight=2.0, frechet=500.0, frechet_free=89.0)
     text = claim([base, worse, better], "c")
     assert "judge_loofid does not hold" in text
-    assert "cfg_free holds" in text
+    assert "cfg_free points that way" in text
     assert "90.0 at its best guidance 1.5" in text
     assert "judge: not measured" in text
 
