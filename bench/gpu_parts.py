@@ -110,6 +110,8 @@ PARTS = (
              "--image_size", "384"),
     _sweep("paged_attention"),
     _sweep("sample_head"),
+    _sweep("sample_rows"),
+    _sweep("sample_rows_long"),
     _sweep("fused_rows"),
     _sweep("head_chunks"),
     _sweep("row_softmax"),
