@@ -156,6 +156,14 @@ def test_product_and_row_kernel_agree_with_fp64(
         assert torch.equal(unpack_support(draw.support, 999), unpack_support(want.support, 999))
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("top_k", [0, 200])
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_no_scale_mixes_the_padding_of_a_row_into_the_draw(scale: float, top_k: int) -> None:
+    case = _case((3, 100, 999), torch.float32, scalars=(scale, 0.9, top_k, 1))
+    _assert_close_to_fp64(case, cond_logprobs=True, limit=EXACT)
+
+
 def test_more_rows_than_a_tile_take_the_library_product(monkeypatch: pytest.MonkeyPatch) -> None:
     case = _case((3, 64, 300), torch.float16)
     fused: list[int] = []
