@@ -43,6 +43,13 @@ def _store_random(  # type: ignore[no-untyped-def]
     tl.store(noise_ptr + at, gumbel_log2(bits), mask=tokens < V)
 
 
+@triton.jit
+def _store_noise(words_ptr, noise_ptr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, COUNT)
+    words = tl.load(words_ptr + at).to(tl.uint32, bitcast=True)
+    tl.store(noise_ptr + at, gumbel_log2(words))
+
+
 def _in_kernel(keys: DrawKeys) -> tuple[Tensor, Tensor, Tensor]:
     shape = (len(keys.image_ids), NUM_TOKENS)
     bits = torch.empty(shape, dtype=torch.int32, device=DEVICE)
@@ -102,6 +109,18 @@ def test_uniforms_keep_32_bits_towards_zero_and_stay_below_one() -> None:
     noise = -torch.log(-torch.log1p(-real))
     assert noise.isfinite().all()
     assert noise[0] > 22
+
+
+def test_the_kernel_turns_every_size_of_word_into_its_noise() -> None:
+    """Random words almost never reach the tail: 2^-k of them are as small as 2^(32 - k)."""
+    words = [0, 2**32 - 1, *(2**power + near for power in range(1, 32) for near in (-1, 0))]
+    signed = torch.tensor([word - 2**32 * (word >= 2**31) for word in words], dtype=torch.int32)
+    noise = torch.empty(64, device=DEVICE)
+    _store_noise[(1,)](signed.to(DEVICE), noise, COUNT=64)
+    wanted = -torch.log(-torch.log1p(-uniforms_of(signed).double()))
+    assert wanted[0] > 22
+    got = noise.cpu().double() * math.log(2)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=NOISE_TOLERANCE)
 
 
 @pytest.mark.parametrize("depth", [6, 12, 18, 21])
