@@ -39,6 +39,10 @@ class PolicyConfig:
     downsample: int = 16
     """Pixels a side of one token."""
 
+    text_padding: Literal["left", "right"] | None = None
+    """Where padding stands in the texts of a text-conditional policy: left (LlamaGen) or right
+    (AR-GRPO); None takes what the folder says, and left where it says nothing."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the working weights; masters, gradients and optimizer state are always fp32."""
 
@@ -289,6 +293,11 @@ class TrainConfig:
             raise ValueError(
                 "parity.bf16_masters: expected policy.dtype bfloat16 with it, got "
                 f"{self.policy.dtype}"
+            )
+        if self.parity.first_token_mask and is_guided:
+            raise ValueError(
+                "parity.first_token_mask: expected false with objective.policy guided, which "
+                "scores what was drawn, got true"
             )
         if self.parity.label_dropout and is_guided:
             raise ValueError(

@@ -67,6 +67,7 @@ class Learner:
         self._config = config
         policy.checkpoints_layers = config.gradient_checkpointing
         policy.attention = config.policy.attention
+        policy.end_sees_itself = _end_sees_itself(policy, config)
         has_kl = config.objective.beta > 0
         self._reference = Reference(policy, config.reference) if has_kl else None
         self._optimizer = MasterAdamW(
@@ -247,6 +248,16 @@ class Learner:
     def _minibatches(self, num_images: int) -> tuple[Tensor, ...]:
         rows = torch.arange(num_images, device=self._policy.head_weight.device)
         return rows.split(num_images // self._config.minibatches)
+
+
+def _end_sees_itself(policy: LlamaGen, config: TrainConfig) -> bool:
+    """Whether a padded last text position is scored as it was drawn."""
+    if config.parity.first_token_mask and policy.config.text_padding != "right":
+        raise ValueError(
+            "parity.first_token_mask: expected policy.text_padding right with it, got "
+            f"{policy.config.text_padding}"
+        )
+    return not config.parity.first_token_mask
 
 
 def _draw_mismatch(rollout: Rollout, update: _Update) -> dict[str, float]:

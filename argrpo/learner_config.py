@@ -45,6 +45,12 @@ class ParityConfig:
     drawn anew for each pass; 0.1 where a model was left in training mode
     (bugrabaran/ar-policy-tuning at fac5b31, gpt.py: class_dropout_prob)."""
 
+    first_token_mask: bool = False
+    """When scoring, a padded last text position attends to the valid ones alone; when drawing, to
+    itself too (Kwai-Klear/AR-GRPO at 65947ad: the mask of the training forward lacks the identity
+    that the sampler's has). Changes the log-prob of the first image token only, and only for
+    prompts shorter than the prefix. Needs policy.text_padding right."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout < 1:
             raise ValueError(

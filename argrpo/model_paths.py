@@ -6,7 +6,7 @@ from pathlib import Path
 
 _DIGITS = "digits:"
 # What a caller may tell the loader of a policy beside its path.
-_SIZES = ("image_size", "num_heads", "downsample")
+_SIZES = ("image_size", "num_heads", "downsample", "text_padding")
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def blamed_on(setting: str, *, sizes: str = "") -> Iterator[None]:
 
     Args:
         setting: the one that holds the path, as policy.path.
-        sizes: what stands before image_size, num_heads and downsample, as "policy.".
+        sizes: what stands before image_size and the other settings of a loader, as "policy.".
 
     Raises:
         ValueError, FileNotFoundError: as raised inside, with the setting's name in front.

@@ -89,6 +89,9 @@ class SampleConfig:
     downsample: int = 16
     """Pixels a side of one token, where the policy's file does not say."""
 
+    text_padding: Literal["left", "right"] | None = None
+    """Where padding stands in the texts; None: as the policy's folder says, else left."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights."""
 
@@ -191,6 +194,7 @@ def _models(config: SampleConfig) -> tuple[LlamaGen, VQTokenizer]:
             image_size=config.image_size,
             num_heads=config.num_heads,
             downsample=config.downsample,
+            text_padding=config.text_padding,
             device=device,
             dtype=dtype,
         )

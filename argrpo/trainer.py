@@ -89,6 +89,7 @@ class Trainer:
                 image_size=config.policy.image_size,
                 num_heads=config.policy.num_heads,
                 downsample=config.policy.downsample,
+                text_padding=config.policy.text_padding,
                 device=self._device,
                 dtype=DTYPES[config.policy.dtype],
             )

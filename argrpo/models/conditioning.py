@@ -49,8 +49,9 @@ class LabelEmbedding(nn.Module):
 class CaptionEmbedding(nn.Module):
     """Text features through a two-layer projection; learned features are the null."""
 
-    def __init__(self, prefix_len: int, caption_dim: int, dim: int) -> None:
+    def __init__(self, prefix_len: int, caption_dim: int, dim: int, text_padding: str) -> None:
         super().__init__()
+        self.text_padding = text_padding
         self.cap_proj = _CaptionProjection(caption_dim, dim)
         # A parameter as in AR-GRPO, which may have trained it; LlamaGen keeps it as a buffer.
         self.uncond_embedding = nn.Parameter(
@@ -66,12 +67,15 @@ class CaptionEmbedding(nn.Module):
                 f"features: expected [P, {expected[0]}, {expected[1]}], "
                 f"got {list(conditions.features.shape)}"
             )
-        # The last position predicts the first image token, and padding would predict nonsense.
-        padded = ~conditions.mask[:, -1].bool()
+        # The last position predicts the first image token. Where a policy was trained with valid
+        # ones there, padding would predict nonsense, and the other way round.
+        end, place = ("last", -1) if self.text_padding == "left" else ("first", 0)
+        padded = ~conditions.mask[:, place].bool()
         if bool(padded.any()):
             raise ValueError(
-                "mask: expected left padding (valid positions last), as LlamaGen was trained, got "
-                f"{int(padded.sum())} of {len(padded)} prompts with a padded last position"
+                f"mask: expected {self.text_padding} padding (valid positions {end}), as "
+                f"text_padding of this policy says, got {int(padded.sum())} of {len(padded)} "
+                f"prompts with a padded {end} position"
             )
 
     def embed(self, conditions: Conditions) -> Prefix:

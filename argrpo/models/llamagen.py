@@ -47,6 +47,8 @@ class LlamaGenConfig:
     num_classes: int = 1000
     caption_dim: int = 2048
     prefix_len: int = 1
+    text_padding: str = "left"
+    """Where padding stands in a text: left (LlamaGen), or right (AR-GRPO's T2I policy)."""
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
 
@@ -63,6 +65,12 @@ class LlamaGenConfig:
             )
         if self.model_type not in ("c2i", "t2i"):
             raise ValueError(f"model_type: expected c2i or t2i, got {self.model_type!r}")
+        sides = ("left",) if self.model_type == "c2i" else ("left", "right")
+        if self.text_padding not in sides:
+            raise ValueError(
+                f"text_padding: expected {' or '.join(sides)} for a {self.model_type} policy, "
+                f"got {self.text_padding!r}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -85,11 +93,14 @@ class LlamaGen(nn.Module):
         self.config = config
         self.checkpoints_layers = False
         self.attention: AttentionName = "sdpa"
+        self.end_sees_itself = True  # when scoring, see `whole_image_hidden`
         self._rotary = rotary_table(config)
         self.cls_embedding = (
             LabelEmbedding(config.num_classes, config.dim)
             if config.model_type == "c2i"
-            else CaptionEmbedding(config.prefix_len, config.caption_dim, config.dim)
+            else CaptionEmbedding(
+                config.prefix_len, config.caption_dim, config.dim, config.text_padding
+            )
         )
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(_Layer(config, i) for i in range(config.num_layers))
@@ -167,7 +178,7 @@ class LlamaGen(nn.Module):
         Returns:
             [N, T', D] in the dtype of the weights.
         """
-        return whole_image_hidden(self, conditions, token_ids, self.attention)
+        return whole_image_hidden(self, conditions, token_ids, self.attention, self.end_sees_itself)
 
     def logits(
         self,

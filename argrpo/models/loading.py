@@ -10,7 +10,7 @@ Source: the formats of FoundationVision/LlamaGen at ce98ec4 and Kwai-Klear/AR-GR
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ def load_policy(
     image_size: int | None = None,
     num_heads: int | None = None,
     downsample: int = 16,
+    text_padding: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LlamaGen:
@@ -53,6 +54,8 @@ def load_policy(
         num_heads: attention heads; required where the path does not say it and the width is none
             of the published ones, because no shape depends on it.
         downsample: pixels of a token's side, where the path does not say it.
+        text_padding: left or right, where padding stands in a text; None takes what the path says,
+            and left where it says nothing. No weight depends on it, so it may be chosen anew.
         device: where the weights go.
         dtype: floating; what the weights become.
 
@@ -71,6 +74,8 @@ def load_policy(
     config = policy_config(
         checkpoint, image_size=image_size, num_heads=num_heads, downsample=downsample
     )
+    if text_padding is not None:
+        config = replace(config, text_padding=text_padding)
     with torch.device("meta"):
         policy = LlamaGen(config)
     checkpoint = _without(checkpoint, _POLICY_EXTRAS)

@@ -7,7 +7,7 @@ Three ways, all exact, none with a mask of [N, S, S] where no prompt is padded:
     shared     a text prefix whose rotary rows are zero (engine/prefix.py): each distinct prompt is
                read once for all of its images, and only its valid positions; inside it attention is
                a running mean of V, and to an image it is one entry of score 0 that weighs as much
-               as the prompt has positions
+               as the prompt has positions. A padded last position is read too: it predicts token 0
     packed     for attention libraries: prefix keys as any others, sequences of different lengths
                one behind the other, padding left out
 
@@ -15,7 +15,8 @@ The last two feed the trunk one long row: all that is not attention looks at sin
 it needs not know whose they are.
 
 Shapes: N images, P distinct prompts, M prefix positions, R valid ones of all prompts together,
-T image tokens, I = T - 1 that are fed, H heads, D head size, S positions.
+E prompts whose last position is padded (right-padded, shorter than the prefix), T image tokens,
+I = T - 1 that are fed, H heads, D head size, S positions.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,11 @@ _HEAD_MULTIPLE = 8
 
 
 def whole_image_hidden(
-    policy: Policy, conditions: Conditions, token_ids: Tensor, attention: AttentionName
+    policy: Policy,
+    conditions: Conditions,
+    token_ids: Tensor,
+    attention: AttentionName,
+    end_sees_itself: bool = True,
 ) -> Tensor:
     """Final-norm hidden states of given images; row t predicts token t. Differentiable.
 
@@ -46,23 +51,27 @@ def whole_image_hidden(
         conditions: of N images, on its device.
         token_ids: [N, T] int64; the last column is not fed.
         attention: sdpa is PyTorch's; the others are packages, see argrpo/models/attention_backends.
+        end_sees_itself: whether a padded last position attends to itself beside the valid ones, as
+            it does when drawing.
 
     Returns:
         [N, T, width] in the dtype of the weights, contiguous.
 
     Raises:
-        ValueError: the package is missing.
+        ValueError: the package is missing, or padded last positions meet one.
     """
     if attention != "sdpa":
         return _packed_hidden(policy, conditions, token_ids, attention)
     # A class is one position: plain causal attention reads it as its first key, and sharing it
     # would spare less than one row in T.
     if policy.shape.prefix_len > 1 and has_zero_rotary_prefix(policy):
-        return _shared_prefix_hidden(policy, conditions, token_ids)
-    return _whole_hidden(policy, conditions, token_ids)
+        return _shared_prefix_hidden(policy, conditions, token_ids, end_sees_itself)
+    return _whole_hidden(policy, conditions, token_ids, end_sees_itself)
 
 
-def _whole_hidden(policy: Policy, conditions: Conditions, token_ids: Tensor) -> Tensor:
+def _whole_hidden(
+    policy: Policy, conditions: Conditions, token_ids: Tensor, end_sees_itself: bool
+) -> Tensor:
     prefix = policy.embed_conditions(conditions)
     x = torch.cat([prefix.embeddings, policy.token_embedding(token_ids[:, :-1])], dim=1)
     prefix_len, num_positions = policy.shape.prefix_len, x.shape[1]
@@ -70,28 +79,37 @@ def _whole_hidden(policy: Policy, conditions: Conditions, token_ids: Tensor) -> 
     # One look at the device a pass: a prefix of one position is never padded.
     if prefix_len > 1 and not bool(prefix.mask.all()):
         allowed = prefix_allowed(prefix.mask, num_positions)
+        if not end_sees_itself:
+            allowed[:, 0, prefix_len - 1, prefix_len - 1] = prefix.mask[:, -1]
     attend = CausalAttend(policy.rotary[:num_positions], allowed)
     return policy.trunk(x, attend)[:, prefix_len - 1 :].contiguous()
 
 
-def _shared_prefix_hidden(policy: Policy, conditions: Conditions, token_ids: Tensor) -> Tensor:
+def _shared_prefix_hidden(
+    policy: Policy, conditions: Conditions, token_ids: Tensor, end_sees_itself: bool
+) -> Tensor:
     once = distinct(conditions)
     prefix = policy.embed_conditions(once.conditions)
-    # The number of valid positions shapes the pass, so the host has to know it.
-    places = prefix.mask.flatten().nonzero().squeeze(1)
+    padded = ~prefix.mask[:, -1]
+    # The numbers of positions shape the pass, so the host has to know them.
+    places, ends = (mask.flatten().nonzero().squeeze(1) for mask in (prefix.mask, padded))
     fed = policy.token_embedding(token_ids[:, :-1])
-    x = torch.cat([prefix.embeddings.flatten(0, 1)[places], fed.flatten(0, 1)])
+    texts = [prefix.embeddings.flatten(0, 1)[places], prefix.embeddings[ends, -1]]
+    x = torch.cat([*texts, fed.flatten(0, 1)])
     prefix_len, num_fed = prefix.mask.shape[1], fed.shape[1]
     rotary = policy.rotary[prefix_len : prefix_len + num_fed]
     lengths = prefix.mask.sum(dim=1)
     columns = count_columns(lengths[once.index], policy.shape.head_dim)
     seen = prefix.mask.cumsum(dim=1).clamp(min=1)
-    attend = SharedPrefixAttend(rotary, seen, columns, places, once.index)
+    share = (1 / (lengths[ends] + 1)) * end_sees_itself
+    attend = SharedPrefixAttend(rotary, seen, columns, places, ends, share, once.index)
     hidden = policy.trunk(x[None], attend)[0]
-    # Valid positions come last in a prompt: its last one predicts token 0.
-    last = lengths.cumsum(dim=0) - 1
-    first = hidden[: len(places)][last[once.index]]
-    rest = hidden[len(places) :].unflatten(0, fed.shape[:2])
+    # A prompt's last position predicts token 0.
+    num_texts = len(places) + len(ends)
+    rows = torch.arange(len(places), num_texts, device=ends.device)
+    last = (lengths.cumsum(dim=0) - 1).index_copy(0, ends, rows)
+    first = hidden[:num_texts][last[once.index]]
+    rest = hidden[num_texts:].unflatten(0, fed.shape[:2])
     return torch.cat([first[:, None], rest], dim=1)
 
 
@@ -99,6 +117,12 @@ def _packed_hidden(
     policy: Policy, conditions: Conditions, token_ids: Tensor, attention: AttentionName
 ) -> Tensor:
     prefix = policy.embed_conditions(conditions)
+    # One more look at a device whose lengths the host asks for anyway.
+    if not bool(prefix.mask[:, -1].all()):
+        raise ValueError(
+            "policy.attention: expected sdpa for prompts with a padded last position, got "
+            f"{attention}; pad on the left, or leave attention at sdpa"
+        )
     x = torch.cat([prefix.embeddings, policy.token_embedding(token_ids[:, :-1])], dim=1)
     valid = F.pad(prefix.mask, (0, x.shape[1] - prefix.mask.shape[1]), value=True)
     rows, lengths = valid.flatten().nonzero().squeeze(1), valid.sum(dim=1)
@@ -115,24 +139,30 @@ def _packed_hidden(
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq would compare tensors
 class SharedPrefixAttend:
-    """The valid positions of P distinct prompts, then N images that each follow one of them."""
+    """P prompts: valid positions, padded last ones; then N images that each follow a prompt."""
 
     rotary: Tensor  # [I, D / 2, 2] fp32, of the image positions
-    seen: Tensor  # [P, M] int64, valid positions up to each, at least 1; the last one is valid
+    seen: Tensor  # [P, M] int64, valid positions up to each, at least 1
     columns: Tensor  # [N, 3] fp32, `count_columns` of the prompts' lengths
     places: Tensor  # [R] int64, the valid ones among the P * M
+    ends: Tensor  # [E] int64, the prompts whose last position is padded
+    share: Tensor  # [E] fp32, how much of what that position reads is itself
     index: Tensor  # [N] int64, the prompt of an image
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        """[1, R + N * I, 3, H, D] -> [1, R + N * I, H * D]."""
-        texts, images = qkv[0, : len(self.places)], qkv[0, len(self.places) :]
+        """[1, R + E + N * I, 3, H, D] -> [1, R + E + N * I, H * D]."""
+        num_valid, num_images = len(self.places), len(self.index) * len(self.rotary)
+        texts, ends, images = qkv[0].split([num_valid, len(self.ends), num_images])
         means = self._running_means(texts[:, 2])
         images = images.unflatten(0, (len(self.index), len(self.rotary)))
         q, k = rotate(images[:, :, :2], self.rotary).unbind(2)
-        # What an image sees of its text is what the text's last position saw.
+        # What an image sees of its text is what the text's last valid position saw.
         out = attend_after_mean(q, k, images[:, :, 2], means[:, -1][self.index], self.columns)
         read = means.flatten(0, 1)[self.places].to(qkv.dtype)
-        return torch.cat([read, out.flatten(0, 1)]).flatten(1)[None]
+        # Padding changes no mean, but a padded position sees itself beside the valid ones.
+        valid = means[:, -1][self.ends]
+        with_itself = valid.lerp(ends[:, 2].float(), self.share[:, None, None]).to(qkv.dtype)
+        return torch.cat([read, with_itself, out.flatten(0, 1)]).flatten(1)[None]
 
     def _running_means(self, values: Tensor) -> Tensor:
         """[R, H, D] -> [P, M, H, D] fp32: of the valid positions up to each."""

@@ -179,6 +179,16 @@ def test_an_image_of_one_token_needs_its_condition_alone(name: AttentionName) ->
     torch.testing.assert_close(policy.hidden(conditions, one), expected, **TOLERANCE)
 
 
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_padded_last_position_is_refused(name: AttentionName) -> None:
+    policy, left = text_policy(text_padding="right"), texts()
+    policy.attention = name
+    right = TextFeatures(left.features, left.mask.flip(1), left.index)
+    with pytest.raises(ValueError, match=r"policy.attention: expected sdpa .* padded last"):
+        policy.hidden(right, torch.zeros(4, 16, dtype=torch.int64))
+
+
 @pytest.mark.usefixtures("missing")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_package_is_refused_with_the_extra_that_brings_it(name: AttentionName) -> None:

@@ -88,6 +88,13 @@ def run(**settings: Any) -> TrainConfig:
             "parity.label_dropout: expected 0 with objective.policy guided, got 0.1",
         ),
         (
+            {
+                "objective": ObjectiveConfig(policy="guided"),
+                "parity": ParityConfig(first_token_mask=True),
+            },
+            "parity.first_token_mask: expected false with objective.policy guided",
+        ),
+        (
             {"parity": ParityConfig(bf16_masters=True)},
             "parity.bf16_masters: expected policy.dtype bfloat16 with it, got float32",
         ),

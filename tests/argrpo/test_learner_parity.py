@@ -121,6 +121,33 @@ def test_texts_have_no_label_to_drop() -> None:
         step(policy, config, rollout)
 
 
+def test_the_released_first_token_mask_moves_token_0_of_short_prompts_alone() -> None:
+    policy = make_policy(model_type="t2i", caption_dim=8, prefix_len=3, text_padding="right")
+    lengths = torch.arange(IMAGES) % 3 + 1
+    texts = TextFeatures(torch.randn(IMAGES, 3, 8) * 50, torch.arange(3) < lengths[:, None])
+    rollout = RolloutEngine(policy, max_slots=IMAGES).draw(texts, SamplingParams(), seed=0)
+    scores = {}
+    for is_released in (False, True):
+        parity = ParityConfig(first_token_mask=is_released)
+        learner = Learner(policy, make_config(inner_epochs=2, parity=parity))
+        experience = learner.prepare(rollout, some_advantages())
+        assert experience.old_logprobs is not None and experience.ref_logprobs is not None
+        # The reference is the policy, so that both see the same mask.
+        assert torch.equal(experience.old_logprobs, experience.ref_logprobs)
+        scores[is_released] = experience.old_logprobs
+    # fp32 logits of size 10 in another order, by the cached steps.
+    torch.testing.assert_close(scores[False], rollout.logprobs, atol=1e-4, rtol=0)
+    moved = scores[True] != scores[False]
+    assert moved[lengths < 3, 0].all()
+    assert not moved[lengths == 3].any() and not moved[:, 1:].any()
+
+
+def test_a_first_token_mask_needs_padding_on_the_right() -> None:
+    policy = make_policy(model_type="t2i", caption_dim=8, prefix_len=3)
+    with pytest.raises(ValueError, match=r"first_token_mask: expected policy.text_padding right"):
+        Learner(policy, make_config(parity=ParityConfig(first_token_mask=True)))
+
+
 def test_released_bf16_weights_lose_small_updates() -> None:
     moved = {}
     for is_bf16 in (False, True):

@@ -133,6 +133,18 @@ def test_a_saved_text_policy_comes_back(tmp_path: Path) -> None:
     assert_same_weights(loaded, saved)
 
 
+def test_a_folder_says_where_padding_stands_and_a_caller_may_choose_anew(tmp_path: Path) -> None:
+    text = GOLDEN / "llamagen_t2i" / "model.pt"
+    saved = load_policy(text, image_size=64, num_heads=2, text_padding="right")
+    save_policy(saved, tmp_path / "policy")
+    assert load_policy(tmp_path / "policy").config.text_padding == "right"
+    assert load_policy(tmp_path / "policy", text_padding="left").config.text_padding == "left"
+    with pytest.raises(ValueError, match=r"text_padding: expected left or right .* got 'middle'"):
+        load_policy(tmp_path / "policy", text_padding="middle")
+    with pytest.raises(ValueError, match="text_padding: expected left for a c2i policy"):
+        load_policy(SMALL, image_size=64, num_heads=2, text_padding="right")
+
+
 def test_a_saved_tokenizer_comes_back_bit_for_bit(tmp_path: Path, tokenizer: VQTokenizer) -> None:
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
     loaded = load_tokenizer(tmp_path / "tokenizer")

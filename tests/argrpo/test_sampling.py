@@ -126,6 +126,25 @@ def test_a_text_policy_draws_every_encoded_prompt(config: SampleConfig, models: 
     assert (folder / "00005_prompt_00002.png").is_file()
 
 
+def test_right_padded_prompts_are_drawn_where_asked_for(
+    config: SampleConfig, models: Path, tmp_path: Path
+) -> None:
+    mask = torch.arange(5) < torch.tensor([[2], [5]])
+    prompts = {"features": torch.randn(2, 5, 8), "mask": mask.long()}
+    save_file(prompts, tmp_path / "right.safetensors", metadata={"prompts": '["a", "a b c"]'})
+    text = replace(
+        config,
+        policy=str(models / "text_policy"),
+        labels=None,
+        text_features=str(tmp_path / "right.safetensors"),
+        num_images_per_prompt=1,
+    )
+    with pytest.raises(ValueError, match="mask: expected left padding"):
+        draw_samples(text)
+    folder = draw_samples(replace(text, text_padding="right"))
+    assert np.load(folder / "tokens.npy").shape == (2, 16)
+
+
 def test_names_are_those_of_the_library_and_case_does_not_matter() -> None:
     golden = IMAGENET_CLASSNAMES.index("Golden Retriever")
     assert labels_of([" golden retriever", "Otter"], "imagenet") == [

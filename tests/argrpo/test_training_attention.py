@@ -36,8 +36,12 @@ def make_policy(**sizes: Any) -> LlamaGen:
     return policy
 
 
-def make_texts(lengths: tuple[int, ...] = LENGTHS, order: tuple[int, ...] = ORDER) -> TextFeatures:
+def make_texts(
+    lengths: tuple[int, ...] = LENGTHS, order: tuple[int, ...] = ORDER, padding: str = "left"
+) -> TextFeatures:
     mask = torch.arange(PREFIX_LEN) >= PREFIX_LEN - torch.tensor(lengths)[:, None]
+    if padding == "right":
+        mask = mask.flip(1)
     return TextFeatures(torch.randn(len(lengths), PREFIX_LEN, 8), mask, torch.tensor(order))
 
 
@@ -45,8 +49,10 @@ def dense_hidden(policy: LlamaGen, conditions: Conditions, token_ids: Tensor) ->
     """Every image with a prefix of its own, in one sequence under a mask [N, 1, S, S]."""
     prefix = policy.embed_conditions(conditions)
     x = torch.cat([prefix.embeddings, policy.tok_embeddings(token_ids[:, :-1])], dim=1)
-    attend = CausalAttend(policy.rotary[: x.shape[1]], prefix_allowed(prefix.mask, x.shape[1]))
-    return policy.trunk(x, attend)[:, policy.config.prefix_len - 1 :].contiguous()
+    allowed, last = prefix_allowed(prefix.mask, x.shape[1]), policy.config.prefix_len - 1
+    allowed[:, :, last, last] &= prefix.mask[:, -1:] | policy.end_sees_itself
+    attend = CausalAttend(policy.rotary[: x.shape[1]], allowed)
+    return policy.trunk(x, attend)[:, last:].contiguous()
 
 
 def scored(
@@ -90,6 +96,37 @@ def test_texts_read_once_give_the_numbers_of_the_dense_mask(
     assert ("cls_embedding.uncond_embedding" in reached) == (draw == "guided")
 
 
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("sees_itself", [True, False])
+@pytest.mark.parametrize("has_rotary", [False, True])
+def test_a_padded_last_position_gives_the_numbers_of_the_dense_mask(
+    draw: str, sees_itself: bool, has_rotary: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, texts = make_policy(text_padding="right"), make_texts(padding="right")
+    policy.check_conditions(texts)
+    policy.end_sees_itself = sees_itself
+    if has_rotary:
+        policy._rotary = policy.rotary.clone()
+        policy._rotary[:PREFIX_LEN, :, 0] = 1
+    token_ids = torch.randint(0, 24, (len(ORDER), 16))
+    ours = scored(policy, texts, token_ids, DRAWS[draw])
+    monkeypatch.setattr(LlamaGen, "hidden", dense_hidden)
+    assert_same(ours, scored(policy, texts, token_ids, DRAWS[draw]))
+
+
+@torch.no_grad()
+def test_whether_a_padded_last_position_sees_itself_changes_token_0_of_short_texts_alone() -> None:
+    policy, texts = make_policy(text_padding="right"), make_texts(padding="right")
+    token_ids = torch.randint(0, 24, (len(ORDER), 16))
+    drawn = policy.logprobs(texts, token_ids, SamplingParams())
+    policy.end_sees_itself = False
+    difference = (policy.logprobs(texts, token_ids, SamplingParams()) - drawn).abs()
+    is_short = torch.tensor([LENGTHS[prompt] < PREFIX_LEN for prompt in ORDER])
+    assert difference[is_short, 0].min() > 1e-3
+    difference[is_short, 0] = 0
+    assert not difference.any()
+
+
 @pytest.mark.parametrize("num_tokens", [1, 2, 7])
 def test_the_start_of_an_image_scores_as_in_the_whole(num_tokens: int) -> None:
     policy, texts = make_policy().requires_grad_(False), make_texts()
@@ -106,8 +143,12 @@ def test_the_trunk_sees_the_valid_positions_of_each_prompt_once(
     policy, texts = make_policy(), make_texts()
     fed, trunk = [], policy.trunk
     monkeypatch.setattr(policy, "trunk", lambda x, attend: fed.append(x.shape) or trunk(x, attend))
-    policy.hidden(texts, torch.zeros(len(ORDER), 16, dtype=torch.int64))
-    assert fed == [(1, sum(LENGTHS) + len(ORDER) * 15, 32)]
+    token_ids = torch.zeros(len(ORDER), 16, dtype=torch.int64)
+    policy.hidden(texts, token_ids)
+    policy.hidden(make_texts(padding="right"), token_ids)
+    whole = sum(LENGTHS) + len(ORDER) * 15
+    padded_ends = sum(length < PREFIX_LEN for length in LENGTHS)
+    assert fed == [(1, whole, 32), (1, whole + padded_ends, 32)]
 
 
 def test_every_layer_of_a_text_policy_runs_on_flash_attention_both_ways() -> None:

@@ -69,6 +69,14 @@ def test_text_of_mixed_lengths_collapses_exactly(text_policy: LlamaGen) -> None:
     assert_collapse_is_exact(text_policy, text_policy.null_conditions(text([2, 0, 0, 1])))
 
 
+def test_right_padded_text_collapses_exactly(text_policy: LlamaGen) -> None:
+    left = text([2, 0, 0, 1])
+    right = TextFeatures(left.features, left.mask.flip(1), left.index)
+    assert not bool(right.mask[:, -1].all()), "some last position is padded"
+    assert_collapse_is_exact(text_policy, right)
+    assert_collapse_is_exact(text_policy, text_policy.null_conditions(right))
+
+
 def test_labels_collapse_exactly() -> None:
     policy = load_policy(GOLDEN / "llamagen_c2i" / "main.pt", image_size=64, num_heads=2)
     policy.requires_grad_(False)

@@ -80,6 +80,10 @@ def test_conditions_of_another_kind_are_refused(policy: LlamaGen, text_policy: L
         engine.draw(TextFeatures(prompts.features[:, 1:], prompts.mask[:, 1:]), PLAIN, seed=0)
     with pytest.raises(ValueError, match=r"mask: expected left padding .* 2 of 3 prompts"):
         engine.draw(TextFeatures(prompts.features, prompts.mask.flip(1)), PLAIN, seed=0)
+    text = GOLDEN / "llamagen_t2i" / "model.pt"
+    right = load_policy(text, image_size=64, num_heads=2, text_padding="right")
+    with pytest.raises(ValueError, match=r"mask: expected right padding .* 2 of 3 prompts"):
+        RolloutEngine(right, max_slots=2).draw(prompts, PLAIN, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -148,14 +148,20 @@ def test_conditional_logprobs_are_without_guidance_and_filters(
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_prompts_of_mixed_lengths_score_as_they_were_drawn(scale: float) -> None:
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("paged", [False, True], ids=["waves", "pages"])
+def test_prompts_of_mixed_lengths_score_as_they_were_drawn(
+    scale: float, padding: str, paged: bool
+) -> None:
     """The engine collapses a prompt to one vector; the policy attends to its positions."""
-    policy = load_policy(GOLDEN / "llamagen_t2i" / "model.pt", image_size=64, num_heads=2)
+    model = GOLDEN / "llamagen_t2i" / "model.pt"
+    policy = load_policy(model, image_size=64, num_heads=2, text_padding=padding)
     case = load_file(GOLDEN / "llamagen_t2i" / "expected.safetensors")
     assert len(case["mask"].sum(1).unique()) == 3
-    prompts = TextFeatures(case["features"], case["mask"], torch.tensor([0, 1, 2, 1, 0, 2]))
+    mask = case["mask"] if padding == "left" else case["mask"].flip(1)
+    prompts = TextFeatures(case["features"], mask, torch.tensor([0, 1, 2, 1, 0, 2]))
     params = SamplingParams(guidance_scale=scale, guidance_interval=6, top_k=50)
-    rollout = draw(policy, params, prompts)
+    rollout = draw(policy, params, prompts, paged=paged)
     again = policy.logprobs(prompts, rollout.token_ids, params, support=rollout.support)
     torch.testing.assert_close(again, rollout.logprobs, **TOLERANCE)
 
