@@ -62,7 +62,7 @@ def _file(op: str) -> str:
 
 
 _SAMPLING = tuple(
-    map(_file, ("counter_random", "sample_logits", "sample_rows", "guided_sampling",
+    map(_file, ("counter_random", "sample_rows", "guided_sampling",
                 "sampling_statistics", "sampling_refusals", "record_draw"))
 )  # fmt: skip
 _ATTENTION = (_file("paged_attention"),)
@@ -98,7 +98,7 @@ PARTS = (
     _tests("engine", 100, "tests/engine", "tests/bench", marked="gpu"),
     _kernels("groups", 80, "logprob_gradients", "grouped_logprob_kl"),
     _kernels("layers", 80, "rmsnorm", "rmsnorm_residual", "swiglu", "guided_hidden",
-             "layernorm", "layernorm_residual", "bias_gelu"),
+             "layernorm", "layernorm_residual", "bias_gelu", "record_draw"),
     _peers("hf_static", 240, "hf_static"),
     _peers("llamagen_compiled", 300, "llamagen_compiled"),
     _peers("static_cache_4", 400, "static_cache_4"),

@@ -15,16 +15,11 @@ from torch import Tensor
 from argrpo.kernels import guided_sampling as module
 from argrpo.kernels import sample_rows
 from argrpo.kernels.draw import Draw, DrawKeys, DrawSettings
-from argrpo.kernels.guidance import mix_branches, mix_hidden
-from argrpo.kernels.guided_sampling import (
-    guided_sample,
-    guided_sample_reference,
-    head_logits,
-    sample_logits,
-    unpack_support,
-)
+from argrpo.kernels.guidance import head_logits, mix_branches, mix_hidden
+from argrpo.kernels.guided_sampling import guided_sample, guided_sample_reference, sample_logits
 from argrpo.kernels.sample_head import sample_head
 from argrpo.kernels.sample_rows import RowTile
+from argrpo.kernels.token_filter import unpack_support
 
 NATIVE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
@@ -132,6 +127,12 @@ def test_fused_draw_keeps_fp32_sums(
 ) -> None:
     case = _case(shape, dtype, guided=guided)
     _assert_close_to_fp64(case, cond_logprobs=cond_logprobs, limit=EXACT)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 4097), (1, 8, 16384), (1, 8, 65536)], ids=str)
+def test_fused_draw_reaches_over_large_vocabularies(shape: tuple[int, int, int]) -> None:
+    case = _case(shape, torch.float16)
+    _assert_close_to_fp64(case, cond_logprobs=True, limit=EXACT)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

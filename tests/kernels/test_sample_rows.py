@@ -13,16 +13,13 @@ import triton
 from safetensors.torch import load_file
 from torch import Tensor
 
+from argrpo.kernels import guided_sampling
 from argrpo.kernels import sample_rows as module
+from argrpo.kernels.counter_random import gumbel_noise
 from argrpo.kernels.draw import Draw, DrawKeys, DrawSettings
-from argrpo.kernels.guided_sampling import (
-    filter_mask,
-    gumbel_noise,
-    sample_logits,
-    sample_logits_reference,
-    unpack_support,
-)
+from argrpo.kernels.guided_sampling import sample_logits, sample_logits_reference
 from argrpo.kernels.sample_rows import RowTile, row_tile
+from argrpo.kernels.token_filter import filter_mask, unpack_support
 
 NATIVE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
@@ -169,6 +166,33 @@ def test_the_tile_of_a_gpu_keeps_and_draws_the_same(monkeypatch: pytest.MonkeyPa
         assert torch.equal(draw.token_ids, draws[0].token_ids)
         assert torch.equal(_support(draw), _support(draws[0]))
         torch.testing.assert_close(draw.logprobs, draws[0].logprobs, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("shape", "top_k", "top_p"),
+    [((1, 16384), 2000, 0.95), ((1, 999), 0, 0.5), ((3, 1024), 600, 0.92), ((3, 4097), 0, 1.0)],
+    ids=str,
+)
+def test_the_tile_of_a_gpu_draws_as_specified(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], top_k: int, top_p: float
+) -> None:
+    monkeypatch.setattr(module, "row_tile", row_tile)
+    logits = 3 * torch.randn(shape, device=DEVICE)
+    keys, settings = _keys(len(logits)), _settings(0.7, top_k, top_p)
+    draw = sample_logits(logits, keys, settings, support=settings.filtered)
+    _assert_as_specified(draw, logits, keys, settings)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (600, 0.92), (1, 1.0), (0, 0.5)])
+def test_a_cpu_draws_in_fp32_as_specified_in_fp64(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, top_k: int, top_p: float
+) -> None:
+    monkeypatch.setattr(guided_sampling, "uses_triton", lambda tensor: False)
+    logits = 3 * torch.randn(3, 4097, device=DEVICE)
+    keys, settings = _keys(3), _settings(temperature, top_k, top_p)
+    draw = sample_logits(logits, keys, settings, support=settings.filtered)
+    _assert_as_specified(draw, logits, keys, settings)
 
 
 def test_a_row_too_long_for_the_chip_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
