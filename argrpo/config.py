@@ -42,7 +42,7 @@ class PolicyConfig:
     text_padding: Literal["left", "right"] | None = None
     """Where padding stands in the texts of a text-conditional policy: left (LlamaGen) or right
     (AR-GRPO); None takes what the folder says, and left where it says nothing. With right, the
-    features of a padded last position are read as they stand; LlamaGen's sampler has zeros there."""
+    features of a padded last position are read as they stand; LlamaGen's sampler puts 0 there."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the working weights; masters, gradients and optimizer state are always fp32."""
