@@ -27,6 +27,7 @@ import cases_attention
 import cases_gradients
 import cases_layers
 import cases_logprobs
+import cases_record_draw
 import cases_sampling
 import torch
 from kernel_cases import (
@@ -53,12 +54,16 @@ OPS = (
     "guided_sample", "sample_logits", "paged_decode_attention", "token_logprobs",
     "fixed_scale_gradients", "logprob_gradients", "grouped_logprob_kl", "rmsnorm",
     "rmsnorm_residual", "swiglu", "guided_hidden", "layernorm", "layernorm_residual", "bias_gelu",
+    "record_draw",
 )  # fmt: skip
 
 
 def cases_of(place: Place, grid: Grid) -> Iterator[Case]:
     """Every case, those first whose numbers matter most."""
-    families = cases_sampling, cases_attention, cases_logprobs, cases_gradients, cases_layers
+    families = (
+        *(cases_sampling, cases_attention, cases_logprobs, cases_gradients, cases_layers),
+        cases_record_draw,
+    )
     return chain.from_iterable(family.cases(place, grid) for family in families)
 
 

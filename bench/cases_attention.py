@@ -1,10 +1,13 @@
 """Cases of one decode step's attention. B sequences, H heads, D head size, S keys.
 
-The pages of a sequence are scattered over the pool; both branches of every image take part. Peers
+The pages of a sequence are scattered over the pool; both branches of every image take part. A class
+is a prefix of one position whose key is 0: ours takes it as an aggregate, as the engine gives it,
+peers as a key like any other; the largest case of the first policy is also measured without. Peers
 over a contiguous cache of the same rows (rotated, this step's key in place) do less: no rotation,
 no write, no look-up of pages; the row says so.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from argrpo.kernels.kv_pages import KeyValuePages, padded_head_dim
+from argrpo.kernels.kv_pages import KeyValuePages, PrefixAggregate, padded_head_dim
 from argrpo.kernels.paged_attention import paged_decode_attention, paged_decode_attention_reference
 
 PAGE_SIZE = 64
@@ -48,8 +51,9 @@ class AttentionInputs(NamedTuple):
     positions: Tensor  # [B] int64, S - 1
     pages: KeyValuePages
     block_table: Tensor  # [B, N] int32
+    prefix: PrefixAggregate | None  # of one position
     query: Tensor  # [B, H, 1, padded D], rotated
-    keys: Tensor  # [B, H, S, padded D], rotated, this step's included
+    keys: Tensor  # [B, H, S, padded D], rotated, this step's included; the prefix before them
     values: Tensor
 
 
@@ -57,20 +61,31 @@ def cases(place: Place, grid: Grid) -> Iterator[Case]:
     for model in grid.models:
         for images in grid.images:
             for length in grid.lengths:
-                yield _case(place, model, images, length)
+                yield _case(place, model, images, length, has_prefix=True)
+    largest = sorted(itertools.product(grid.models[:1], grid.images, grid.lengths))[-1:]
+    for model, images, length in largest:
+        yield _case(place, model, images, length, has_prefix=False)
 
 
-def _case(place: Place, model: str, images: int, length: int) -> Case:
+def _case(place: Place, model: str, images: int, length: int, *, has_prefix: bool) -> Case:
     sizes = MODELS[model]
     batch, values = 2 * images, sizes.num_heads * sizes.head_dim
     # Both caches but for this step's rows, which are written; q, k, v and the output.
     num_bytes = 2 * batch * values * (length + 2) * place.itemsize
+    if has_prefix:
+        num_bytes += 4 * batch * values
     scale = sizes.head_dim**-0.5
     return Case(
         "paged_decode_attention",
-        {"model": model, "images": images, "sequences": batch, "keys": length},
+        {
+            "model": model,
+            "images": images,
+            "sequences": batch,
+            "keys": length,
+            "prefix": "aggregate" if has_prefix else "none",
+        },
         Work(num_bytes, 4 * batch * values * length),
-        partial(_make, place, model, batch, length),
+        partial(_make, place, model, batch, length, has_prefix),
         partial(_expect, sizes.head_dim),
         [
             Contender(OURS, bound(_ours), numeric_error, allowed=1.0),
@@ -79,7 +94,7 @@ def _case(place: Place, model: str, images: int, length: int) -> Case:
     )
 
 
-def _make(place: Place, model: str, batch: int, length: int) -> AttentionInputs:
+def _make(place: Place, model: str, batch: int, length: int, has_prefix: bool) -> AttentionInputs:
     sizes, device = MODELS[model], place.device
     heads, head_dim = sizes.num_heads, sizes.head_dim
     num_pages = -(-length // PAGE_SIZE)
@@ -98,7 +113,14 @@ def _make(place: Place, model: str, batch: int, length: int) -> AttentionInputs:
         side[table.long()].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
         for side in pages
     )
-    return AttentionInputs((q, k, v), rotary, positions, pages, table, query, keys, values)
+    prefix = None
+    if has_prefix:
+        sums = place.normal(batch, heads, head_dim)
+        ones, index = torch.ones(batch, device=device), torch.arange(batch, device=device)
+        prefix = PrefixAggregate(sums.float(), ones, index)
+        keys = F.pad(keys, (0, 0, 1, 0))
+        values = torch.cat([_padded(sums)[:, :, None], values], dim=2)
+    return AttentionInputs((q, k, v), rotary, positions, pages, table, prefix, query, keys, values)
 
 
 def _expect(head_dim: int, inputs: AttentionInputs) -> Expected:
@@ -118,7 +140,12 @@ def _expect(head_dim: int, inputs: AttentionInputs) -> Expected:
 def _ours(inputs: AttentionInputs) -> Outputs:
     return (
         paged_decode_attention(
-            *inputs.step, inputs.rotary, inputs.positions, inputs.pages, inputs.block_table
+            *inputs.step,
+            inputs.rotary,
+            inputs.positions,
+            inputs.pages,
+            inputs.block_table,
+            inputs.prefix,
         ),
     )
 
@@ -132,11 +159,16 @@ def _peers(scale: float, has_flex: bool) -> list[Contender]:
             side[..., : inputs.step[0].shape[2]].transpose(1, 2).contiguous()
             for side in (inputs.keys, inputs.values)
         )
+        # A prefix among the keys: every position is one further.
+        before = inputs.keys.shape[2] - len(inputs.rotary)
+        rotary = F.pad(inputs.rotary, (0, 0, 0, 0, before, 0))
         return flash_attn_decode(
-            inputs.step, inputs.rotary, (keys, values), inputs.positions, scale
+            inputs.step, rotary, (keys, values), inputs.positions + before, scale
         )
 
     def flashinfer(inputs: AttentionInputs) -> Call:
+        if inputs.prefix is not None:
+            raise PeerMissingError("flashinfer: its pages have no prefix that is an aggregate")
         query, num_keys = inputs.query[:, :, 0].contiguous(), inputs.keys.shape[2]
         return _cut(
             flashinfer_decode(query, inputs.pages, inputs.block_table, num_keys, scale), inputs

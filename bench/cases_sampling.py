@@ -22,7 +22,7 @@ from argrpo.kernels.guided_sampling import (
     sample_logits,
     sample_logits_reference,
 )
-from argrpo.kernels.token_filter import filter_mask
+from argrpo.kernels.token_filter import filter_mask, unpack_support
 
 GUIDANCE_SCALE = 2.0
 LOGIT_SPREAD = 2.0
@@ -32,8 +32,17 @@ SETTINGS = {"none": (0, 1.0), "k and p": (2000, 0.95), "k": (2000, 1.0), "p": (0
 # hidden state may round the other way, 2^-9 of it, in a few of a thousand values.
 _SAME_SCORE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
-# Token ids, their log-probs, entropies; None where a contender does not give them.
-Drawn: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+
+class Drawn(NamedTuple):
+    """What a contender gives of B rows; None is not judged."""
+
+    token_ids: Tensor
+    logprobs: Tensor | None
+    entropies: Tensor | None
+    cond_logprobs: Tensor | None = None
+    support: Tensor | None = None
+
+
 # Logits [B, V] fp32, unfiltered -> a draw
 Sampler: TypeAlias = Callable[[Tensor], Drawn]
 
@@ -52,6 +61,7 @@ class RightDraw(NamedTuple):
 
     draw: Draw
     log_probs: Tensor  # [B, V] of the distribution drawn from; -inf outside of it
+    cond_log_probs: Tensor | None  # [B, V] of the conditional branch alone, where there is one
     same_score: float
 
 
@@ -118,7 +128,9 @@ def _our_draw(inputs: SampleInputs, *, cond_logprobs: bool = False, support: boo
             *inputs.hidden, inputs.keys, inputs.settings,
             cond_logprobs=cond_logprobs, support=support,
         )  # fmt: skip
-    return draw.token_ids, draw.logprobs, draw.entropies
+    assert (draw.cond_logprobs is not None) == cond_logprobs
+    assert (draw.support is not None) == support
+    return Drawn(*draw)
 
 
 def _ours(filters: str) -> list[Contender]:
@@ -157,9 +169,11 @@ def _expect(place: Place, inputs: SampleInputs) -> RightDraw:
     if inputs.settings.filtered:
         kept = filter_mask(logits, top_k, top_p, temperature)
         logits = logits.masked_fill(~kept, -torch.inf)
-    half = inputs.hidden is not None
-    same_score = _SAME_SCORE[place.dtype if half else torch.float32]
-    return RightDraw(draw, torch.log_softmax(logits, dim=1), same_score)
+    same_score = _SAME_SCORE[torch.float32 if inputs.hidden is None else place.dtype]
+    cond = None
+    if inputs.hidden is not None:
+        cond = torch.log_softmax(head_logits(inputs.hidden[0], inputs.hidden[2]), dim=1)
+    return RightDraw(draw, torch.log_softmax(logits, dim=1), cond, same_score)
 
 
 def same_draw(result: Drawn, right: RightDraw) -> float:
@@ -167,7 +181,7 @@ def same_draw(result: Drawn, right: RightDraw) -> float:
 
     Two noisy logits lie within rounding in fewer than 1 row of 100.
     """
-    other = int((result[0] != right.draw.token_ids).sum())
+    other = int((result.token_ids != right.draw.token_ids).sum())
     return max(other / _movable(right), fair_draw(result, right))
 
 
@@ -182,14 +196,20 @@ def fair_draw(result: Drawn, right: RightDraw, room: float = 1.0) -> float:
     Returns:
         Their number, over the rows that rounding may move.
     """
-    same_score = room * right.same_score
-    token_ids, logprobs, entropies = result
-    true = right.log_probs.gather(1, token_ids[:, None]).squeeze(1)
+    drawn = result.token_ids[:, None]
+    true = right.log_probs.gather(1, drawn).squeeze(1)
+    pairs = [(result.logprobs, true), (result.entropies, right.draw.entropies)]
+    if right.cond_log_probs is not None:
+        pairs.append((result.cond_logprobs, right.cond_log_probs.gather(1, drawn).squeeze(1)))
     wrong = ~true.isfinite()
-    if logprobs is not None:
-        wrong |= ~((logprobs - true).abs() <= same_score)
-    if entropies is not None:
-        wrong |= ~((entropies - right.draw.entropies).abs() <= same_score)
+    for score, wanted in pairs:
+        if score is not None:
+            wrong |= ~((score - wanted).abs() <= room * right.same_score)
+    if result.support is not None:
+        # Two sums of the mass before a top-p edge may lie on its two sides: one token.
+        kept = unpack_support(result.support, right.log_probs.shape[1])
+        wrong |= (kept != right.log_probs.isfinite()).sum(dim=1) > 1
+        wrong |= ~kept.gather(1, drawn).squeeze(1)
     return int(wrong.sum()) / _movable(right)
 
 
@@ -218,7 +238,8 @@ def _peers(filters: str) -> Sequence[Contender]:
         return bound(lambda inputs: sampler(filtered_logits(_mixed_logits(inputs), top_k, top_p)))
 
     def flashinfer(inputs: SampleInputs) -> Call:
-        return flashinfer_draw(lambda: _mixed_logits(inputs), top_k, top_p)
+        call = flashinfer_draw(lambda: _mixed_logits(inputs), top_k, top_p)
+        return lambda: Drawn(*call())
 
     def peer(name: str, bind: Callable[[SampleInputs], Call], does: str = "the same") -> Contender:
         # Twice our room: a running sum of their own may put a filter's edge elsewhere.
@@ -261,4 +282,4 @@ def race_draw(logits: Tensor) -> Drawn:
 
 def _scored(logits: Tensor, probs: Tensor, token_ids: Tensor) -> Drawn:
     logprobs = logits.log_softmax(dim=1).gather(1, token_ids).squeeze(1)
-    return token_ids.squeeze(1), logprobs, torch.special.entr(probs).sum(dim=1)
+    return Drawn(token_ids.squeeze(1), logprobs, torch.special.entr(probs).sum(dim=1))

@@ -1,4 +1,7 @@
-"""bench/bench_kernels.py: what it measures, whom it refuses, what its rows say."""
+"""bench/bench_kernels.py: what it measures, whom it refuses, what its rows say.
+
+Over 300 lines because every family of cases needs the same small policy and codebook.
+"""
 
 import importlib
 import json
@@ -17,8 +20,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 MODULES = (
     "bench_kernels", "cases_attention", "cases_gradients", "cases_layers", "cases_logprobs",
-    "cases_sampling", "head_inputs", "kernel_cases", "kernel_peers", "kernel_runs", "result_rows",
-    "timing", "turns",
+    "cases_record_draw", "cases_sampling", "head_inputs", "kernel_cases", "kernel_peers",
+    "kernel_runs", "result_rows", "timing", "turns",
 )  # fmt: skip
 VOCAB = 96
 CPU = torch.device("cpu")
@@ -59,7 +62,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripts]:
     """The script and the files beside it, with a small policy and codebook."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     found = {name: importlib.import_module(name) for name in MODULES}
-    for name in ("kernel_cases", "cases_sampling", "head_inputs"):
+    for name in ("kernel_cases", "cases_record_draw", "cases_sampling", "head_inputs"):
         monkeypatch.setattr(found[name], "VOCAB_SIZE", VOCAB)
     settings = {"none": (0, 1.0), "k and p": (20, 0.95), "k": (20, 1.0), "p": (0, 0.95)}
     monkeypatch.setattr(found["cases_sampling"], "SETTINGS", settings)
@@ -268,17 +271,75 @@ def test_a_draw_is_right_when_its_tokens_and_scores_are(scripts: Scripts, filter
     )
     inputs = case.make()
     right = case.expect(inputs)
-    token_ids, logprobs, entropies = case.contenders[0].bind(inputs)()
+    drawn = case.contenders[0].bind(inputs)()
     same, fair = scripts.sampling.same_draw, scripts.sampling.fair_draw
-    assert same((token_ids, logprobs, entropies), right) == 0
+    assert same(drawn, right) == 0
     # One row in 50 may move; all three of three are wrong here.
-    assert fair((token_ids, logprobs + 0.1, entropies), right) == 3
-    assert fair((token_ids, logprobs, entropies + 0.1), right) == 3
-    other = (token_ids + 1) % VOCAB
-    assert same((other, None, None), right) == 3
+    assert fair(drawn._replace(logprobs=drawn.logprobs + 0.1), right) == 3
+    assert fair(drawn._replace(entropies=drawn.entropies + 0.1), right) == 3
+    other = scripts.sampling.Drawn((drawn.token_ids + 1) % VOCAB, None, None)
+    assert same(other, right) == 3
     if filters != "none":
-        least = inputs.logits.argmin(dim=1)
-        assert fair((least, None, None), right) == 3
+        assert fair(other._replace(token_ids=inputs.logits.argmin(dim=1)), right) == 3
+
+
+def test_conditional_log_probs_and_kept_sets_are_judged_where_they_are_asked_for(
+    scripts: Scripts,
+) -> None:
+    case = next(
+        case for case in cases_of(scripts, "guided_sample") if case.facts["filters"] == "k and p"
+    )
+    inputs = case.make()
+    right = case.expect(inputs)
+    cond, kept = (
+        next(one for one in case.contenders if one.name == f"argrpo, {name} too")
+        for name in ("conditional log-prob", "kept set")
+    )
+    scored = cond.bind(inputs)()
+    assert cond.judge(scored, right) == 0
+    # The log-prob of the guided distribution is not that of the conditional branch.
+    assert cond.judge(scored._replace(cond_logprobs=scored.logprobs), right) == 3
+    assert cond.judge(scored._replace(cond_logprobs=scored.cond_logprobs * torch.nan), right) == 3
+    packed = kept.bind(inputs)()
+    assert kept.judge(packed, right) == 0
+    assert kept.judge(packed._replace(support=torch.full_like(packed.support, 255)), right) == 3
+    # A token at the edge may be on either side, but the token drawn is inside.
+    at = packed.token_ids[:, None]
+    bits = packed.support.gather(1, at // 8) & ~(128 >> at % 8)
+    without = packed.support.scatter(1, at // 8, bits.to(torch.uint8))
+    assert kept.judge(packed._replace(support=without), right) == 3
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_attention_is_over_the_prefix_that_the_engine_gives(
+    scripts: Scripts, has_prefix: bool
+) -> None:
+    found = cases_of(scripts, "paged_decode_attention")
+    assert [case.facts["prefix"] for case in found] == ["aggregate", "none"]
+    case = found[0 if has_prefix else 1]
+    inputs = case.make()
+    assert (inputs.prefix is not None) is has_prefix
+    assert inputs.keys.shape[2] == case.facts["keys"] + has_prefix
+    ours = case.contenders[0]
+    assert ours.judge(ours.bind(inputs)(), case.expect(inputs)) <= 1
+    if has_prefix:
+        without = inputs._replace(prefix=None)
+        assert ours.judge(ours.bind(without)(), case.expect(inputs)) > 1
+
+
+def test_every_call_of_a_record_logs_at_the_next_position(scripts: Scripts) -> None:
+    for case in cases_of(scripts, "record_draw"):
+        inputs = case.make()
+        for contender in case.contenders:
+            call = contender.bind(inputs)
+            first = [None if part is None else part.clone() for part in call()]
+            assert contender.judge(first, case.expect(inputs)) == 0
+            _x, positions, entries, token_ids, *_ = call()
+            assert positions.tolist() == [2] * 3
+            assert entries.unique().tolist() == [1]
+            assert torch.equal(token_ids[:, 1], inputs.draw.token_ids)
+            # One that writes nothing is not right by what another wrote.
+            assert contender.judge(call(), case.expect(inputs)) == float("inf")
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (20, 0.7)])
@@ -295,8 +356,11 @@ def test_the_least_work_is_that_of_the_docstrings(scripts: Scripts) -> None:
     place = scripts.cases.Place.on(CPU, torch.bfloat16)
     grid = scripts.cases.Grid(("XL",), (64,), (128,), (128,), (16384,))
     work = {case.name: case.work for case in scripts.bench.cases_of(place, grid)}
-    attention = work["paged_decode_attention, model XL, images 128, sequences 256, keys 128"]
-    assert attention.num_bytes == pytest.approx(170e6, rel=0.01)
+    name = "paged_decode_attention, model XL, images 128, sequences 256, keys 128, prefix {}"
+    attention = work[name.format("none")].num_bytes
+    assert attention == pytest.approx(170e6, rel=0.01)
+    # The aggregate is a vector of fp32 for each sequence.
+    assert work[name.format("aggregate")].num_bytes - attention == 256 * 1280 * 4
     layer = work["rmsnorm_residual, model XL, rows 16384, width 1280, pass forward and backward"]
     assert layer.num_bytes == pytest.approx(2 * 168e6, rel=0.01)
     head = work["token_logprobs, model XL, tokens 16384, pass forward"]
