@@ -8,7 +8,8 @@ from torch import Tensor
 from argrpo.engine.cache_plan import CachePlan
 from argrpo.engine.paged_cache import PagedAttend, PagedCache
 from argrpo.engine.policy import Policy
-from argrpo.kernels.guided_sampling import DrawKeys, DrawSettings, guided_sample
+from argrpo.kernels.draw import DrawKeys, DrawSettings
+from argrpo.kernels.guided_sampling import guided_sample
 from argrpo.kernels.record_draw import DrawLog, StepInputs, record_draw_
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from argrpo.engine.conditions import Conditions, moved_to, num_images
 from argrpo.engine.policy import Policy
 from argrpo.engine.sampling_params import SamplingParams
-from argrpo.kernels.guided_sampling import DrawSettings
+from argrpo.kernels.draw import DrawSettings
 
 Progress: TypeAlias = Callable[[int, int], None]  # (tokens drawn so far, tokens in all)
 

@@ -31,7 +31,8 @@ from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.schedule import Admission, Layout, Turn, turns
 from argrpo.engine.weights import weights_addresses
-from argrpo.kernels.guided_sampling import Draw, DrawKeys, DrawSettings, guided_sample
+from argrpo.kernels.draw import Draw, DrawKeys, DrawSettings
+from argrpo.kernels.guided_sampling import guided_sample
 from argrpo.kernels.record_draw import DrawLog, record_draw_
 
 # A graph of several steps saves the host's part of the others, some 5 us each, which the step of a

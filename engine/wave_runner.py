@@ -19,7 +19,8 @@ from argrpo.engine.policy import Policy
 from argrpo.engine.prefix import PrefixMemory, PrefixStates, collapse_prefixes
 from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout
-from argrpo.kernels.guided_sampling import Draw, DrawKeys, guided_sample
+from argrpo.kernels.draw import Draw, DrawKeys
+from argrpo.kernels.guided_sampling import guided_sample
 
 _STEPS_PER_RANGE = 64
 

@@ -30,30 +30,12 @@ import torch
 from torch import Tensor
 
 from argrpo.kernels._checks import FLOATS, expect, uses_triton
-from argrpo.kernels.counter_random import gumbel_noise, token_bits, uniforms
+from argrpo.kernels.counter_random import gumbel_noise
 from argrpo.kernels.draw import Draw, DrawKeys, DrawSettings
 from argrpo.kernels.guidance import head_logits, mix_branches, mix_hidden
 from argrpo.kernels.sample_head import sample_head
 from argrpo.kernels.sample_rows import sample_rows
-from argrpo.kernels.token_filter import filter_mask, pack_support, unpack_support
-
-__all__ = [
-    "Draw",
-    "DrawKeys",
-    "DrawSettings",
-    "filter_mask",
-    "guided_sample",
-    "guided_sample_reference",
-    "gumbel_noise",
-    "head_logits",
-    "mix_hidden",
-    "pack_support",
-    "sample_logits",
-    "sample_logits_reference",
-    "token_bits",
-    "uniforms",
-    "unpack_support",
-]
+from argrpo.kernels.token_filter import filter_mask, pack_support
 
 _MAX_VOCAB = 65536
 # Rows up to which the draw inside the head product wins: one row tile, so the weight is read once.

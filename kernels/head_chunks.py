@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from argrpo.kernels._checks import FLOATS, expect
-from argrpo.kernels.guided_sampling import head_logits
+from argrpo.kernels.guidance import head_logits
 from argrpo.kernels.row_softmax import row_gradient_, row_scores
 from argrpo.kernels.rows import Rows, RowScores
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from argrpo.kernels._checks import expect
-from argrpo.kernels.guided_sampling import unpack_support
+from argrpo.kernels.token_filter import unpack_support
 
 
 class Rows(NamedTuple):

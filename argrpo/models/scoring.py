@@ -16,8 +16,9 @@ from torch import Tensor
 from argrpo.engine.conditions import Conditions, moved_to, num_images
 from argrpo.engine.policy import Policy
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.kernels.guidance import head_logits
 from argrpo.kernels.guided_hidden import guided_hidden
-from argrpo.kernels.guided_sampling import filter_mask, head_logits, pack_support
+from argrpo.kernels.token_filter import filter_mask, pack_support
 from argrpo.kernels.token_logprobs import token_logprobs
 
 _SUPPORT_CHUNK = 512  # rows of logits held at once while a support is rebuilt

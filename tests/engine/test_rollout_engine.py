@@ -13,7 +13,8 @@ from argrpo.engine.kv_cache import slot_bytes
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
-from argrpo.kernels.guided_sampling import DrawKeys, gumbel_noise
+from argrpo.kernels.counter_random import gumbel_noise
+from argrpo.kernels.draw import DrawKeys
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy
 

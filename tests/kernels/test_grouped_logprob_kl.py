@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from argrpo.kernels import guided_hidden, row_softmax
-from argrpo.kernels.guided_sampling import pack_support
 from argrpo.kernels.kl import k3
+from argrpo.kernels.token_filter import pack_support
 from argrpo.kernels.token_logprobs import (
     GroupedLogprobs,
     HeadStates,

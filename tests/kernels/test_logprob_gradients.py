@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from argrpo.kernels import head_chunks, row_softmax
-from argrpo.kernels.guided_sampling import pack_support
 from argrpo.kernels.kl import k3
 from argrpo.kernels.logprob_gradients import (
     LogprobGradients,
@@ -23,6 +22,7 @@ from argrpo.kernels.logprob_gradients import (
     logprob_gradients_reference,
 )
 from argrpo.kernels.rows import FixedScales
+from argrpo.kernels.token_filter import pack_support
 from argrpo.kernels.token_logprobs import token_logprobs
 
 FP32_TOLERANCE = 1e-5

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from argrpo.kernels import row_softmax
 from argrpo.kernels._checks import uses_triton
-from argrpo.kernels.guided_sampling import pack_support
 from argrpo.kernels.kl import k3
 from argrpo.kernels.row_softmax import (
     row_gradient_,
@@ -23,6 +22,7 @@ from argrpo.kernels.row_softmax import (
     row_scores_reference,
 )
 from argrpo.kernels.rows import FixedScales, Rows, RowScores
+from argrpo.kernels.token_filter import pack_support
 
 CASES = [  # rows and codebook, temperature, part of the tokens in the support (None: all)
     ((1, 7), 1.0, None),

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from argrpo.kernels import head_chunks, row_softmax
-from argrpo.kernels.guided_sampling import pack_support
+from argrpo.kernels.token_filter import pack_support
 from argrpo.kernels.token_logprobs import (
     TokenLogprobs,
     token_logprobs,
