@@ -3,8 +3,15 @@
 Both edges are one question: the largest value v for which weight(x >= v) exceeds a target. For
 top-k a token weighs 1 and the target is k - 1; for top-p it weighs its probability and the target
 is p. The search halves the distance of two values, later of their order-preserving integer keys,
-until one token lies between them (or all that do are equal): 10 to 18 passes for rows that models
+until one token lies between them (or all that do are equal): 10 to 18 rounds for rows that models
 make, at most 52.
+
+Top-k is these rounds and nothing else. Top-p has two passes more for the total, a count every
+fourth round and one at the end, and up to 16 counts to find the last token of a cut tie: at most
+52 + 13 + 3 + 16 passes. On chip a pass costs no bytes; at V = 16,384 it is 2 to 4 instructions a
+logit, 33 to 66 thousand, and one reduction: by count 0.35 us with one row a multiprocessor. A
+streamed row (V > 16,384) reads 4 V bytes a pass, twice that with both branches: 128 rows of 65,536
+are 33.6 MB, 7.8 us at 4.3 TB/s. There is no product, so 790 TFLOP/s do not enter.
 
 Probabilities are 32-bit integers of total just below 2^32. Their sums are exact, in whatever order
 a GPU adds them, and a token is misplaced only if the mass before it lies within 2e-6 of p.

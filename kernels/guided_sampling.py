@@ -9,13 +9,18 @@
 The uniforms u_v are a hash of (seed, image id, position, token id): no generator state, so a draw
 does not depend on its slot or on what was drawn before (counter_random.py).
 
-Three ways to one result, chosen by shape and `settings.filtered`, never by a value on the device:
+Three ways to one result, chosen by static shape, dtype and `settings.filtered`, never by a value on
+the device:
 
 - unfiltered, half precision, up to 64 rows: sample_head.py. 2 launches, no logits in memory.
 - unfiltered, more rows or fp32: the library's product to fp32 logits, then sample_rows.py. 3
   launches; a Triton product falls behind the library's as rows grow (FlashSampling, same
   decomposition on an H200: 1.2 times as fast at 64 rows, 0.94 at 128).
 - filtered: the same 3 launches; the row kernel keeps its row on chip while it searches.
+
+A row's bits never depend on its batch where Triton makes the product: unfiltered, half precision,
+up to 64 rows. Elsewhere the library's product may sum in another order for another number of rows;
+from the same logits the row kernel gives the same bits in any batch.
 
 At XL (D = 1,280, V = 16,384, bf16) on 4.3 TB/s and 790 TFLOP/s: 64 rows read 41.9 MB of weight,
 9.8 us, and multiply for 3.4 us. 128 rows by the library: 9.8 us, 8.4 MB of logits written and read

@@ -10,6 +10,7 @@ of 512 rows the launch that scores and scales reads 34 MB twice, from L2 and L1,
 about 8 us a chunk at 5 TB/s of the L2, 0.26 ms in all; kernels/token_logprobs.py counts the bytes
 that reach device memory, 1.0 ms at 4.3 TB/s behind the products. Beside the inputs it holds the
 gradients (42 MB and 84 MB fp32), a chunk of logits (34 MB) and a chunk of d logits (67 MB).
+Bits repeat for the same input, not for a row in another batch (kernels/head_chunks.py).
 """
 
 from collections.abc import Callable

@@ -21,7 +21,8 @@ V / 128 = 3 KiB a row. Hidden states come from the L2, once per program: 128 pro
 made first, while 64 KiB of weight a program are on their way. What follows the product is 0.8 us.
 
 64 rows are multiplied however few there are: the weight's bytes hide it, and a row's bits do not
-depend on how many rows are drawn with it.
+depend on how many rows are drawn with it. (`guided_sample` comes here with up to 64; more
+take the library's product, which makes no such promise.)
 
 Source: the decomposition of Gumbel-max over tiles of the head, Ruiz et al., arXiv:2603.15854
 (FlashSampling/FlashSampling at 1e5d8fa); guidance, log-prob and entropy are ours.

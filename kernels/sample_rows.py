@@ -2,11 +2,12 @@
 
 One program owns one row. Up to V = 16,384 it reads the row once, in 16-byte loads, and keeps it in
 the registers of 16 warps (32 values a thread); everything after is arithmetic on chip. A longer
-row is read again in each pass.
+row is read again in each pass. Conditional log-probs read the conditional row twice more.
 
 Per row and pass over it, V = 16,384:
 
-    read            64 KiB once (128 KiB with both branches), from the L2 that the product filled
+    read            64 KiB once, from the L2 that the product filled; 256 KiB with both branches
+                    and conditional log-probs, 192 KiB without guidance
     top-k, top-p    10 to 18 rounds each (filter_search.py): compare, add, one reduction
     draw            32 noise values a thread
     write           2 KiB of kept set when asked for, 20 bytes otherwise

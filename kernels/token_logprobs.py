@@ -15,6 +15,9 @@ bf16, three products: hidden states and their gradient 84 MB, the weight once a 
 GB, d logits written once and read twice 1.6 GB, the fp32 gradient of the weight 1.3 GB; 4.3 GB or
 1.0 ms at 4.3 TB/s, behind the arithmetic. An unfused head moves 110 bytes a logit, 30 GB.
 
+The same input gives the same bits. A row in another batch may differ in the last places, because
+the library's product may sum a chunk of another length in another order (kernels/head_chunks.py).
+
 Source: the chunked head is the idea of Wijmans et al., arXiv:2411.09009, without their gradient
 filter, which would drop most of the mass of image tokens.
 """
