@@ -72,8 +72,7 @@ def test_every_kernel_stays_inside_its_budget(
     reports: dict[str, dict[str, int]], budgets: dict[str, dict[str, int]] | None
 ) -> None:
     if budgets is None:
-        # The two tests above are the whole rule for a version that nobody has recorded.
-        return
+        pytest.skip(f"Triton {triton.__version__} has no budgets: held to no spill and wide loads")
     wrong = []
     for name, row in reports.items():
         budget = budgets.get(name)
