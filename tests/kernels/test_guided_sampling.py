@@ -14,12 +14,13 @@ from torch import Tensor
 
 from argrpo.kernels import guided_sampling as module
 from argrpo.kernels import sample_rows
+from argrpo.kernels.counter_random import gumbel_noise
 from argrpo.kernels.draw import Draw, DrawKeys, DrawSettings
 from argrpo.kernels.guidance import head_logits, mix_branches, mix_hidden
 from argrpo.kernels.guided_sampling import guided_sample, guided_sample_reference, sample_logits
 from argrpo.kernels.sample_head import sample_head
 from argrpo.kernels.sample_rows import RowTile
-from argrpo.kernels.token_filter import unpack_support
+from argrpo.kernels.token_filter import filter_mask, unpack_support
 
 NATIVE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
@@ -89,6 +90,10 @@ def _assert_close_to_fp64(case: Case, *, cond_logprobs: bool, limit: float) -> D
     wide = case.wide()
     want = guided_sample_reference(*wide, cond_logprobs=True, support=filtered)
     assert (draw.token_ids == want.token_ids).float().mean() >= (1 if limit == EXACT else 0.6)
+    noisy = _noisy(wide)
+    # Two errors of a logit: that of the token drawn and that of the best.
+    behind = noisy.amax(dim=1) - noisy.gather(1, draw.token_ids[:, None])[:, 0]
+    assert behind.max() <= 2 * limit
     same = draw.token_ids == want.token_ids
     pairs = {
         "logprobs": (draw.logprobs[same], want.logprobs[same]),
@@ -103,6 +108,19 @@ def _assert_close_to_fp64(case: Case, *, cond_logprobs: bool, limit: float) -> D
         assert got.dtype == torch.float32
         assert (got.double() - expected).abs().max() <= limit, name
     return draw
+
+
+def _noisy(wide: Case) -> Tensor:
+    """[B, V] logits over temperature, with their noise; -inf where the filters drop them."""
+    scale, temperature, top_k, top_p = wide.settings.scalars.double()
+    hidden = wide.cond
+    if wide.uncond is not None:
+        hidden = wide.uncond + scale * (wide.cond - wide.uncond)
+    logits = hidden @ wide.head_weight.t()
+    noisy = logits / temperature + gumbel_noise(wide.keys, logits.shape[1])
+    if not wide.settings.filtered:
+        return noisy
+    return noisy.masked_fill(~filter_mask(logits, top_k, top_p, temperature), -torch.inf)
 
 
 def _lost_by_rounding(case: Case) -> float:
