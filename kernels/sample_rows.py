@@ -4,6 +4,10 @@ One program owns one row. Up to V = 16,384 it reads the row once, in 16-byte loa
 the registers of 16 warps (32 values a thread); everything after is arithmetic on chip. A longer
 row is read again in each pass. Conditional log-probs read the conditional row twice more.
 
+A row's bits follow from its logits wherever it stands in a batch. One exception: where V is no
+multiple of 4, a slice of a tensor may start at an address that 16 does not divide; it is then read
+in smaller loads, laid out in another way, and its sums may differ in the last place.
+
 Per row and pass over it, V = 16,384:
 
     read            64 KiB once, from the L2 that the product filled; 256 KiB with both branches
