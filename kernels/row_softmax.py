@@ -53,6 +53,7 @@ def row_scores(logits: Tensor, rows: Rows, out: RowScores | None = None) -> RowS
     _check(logits, rows)
     if out is None:
         out = RowScores.empty(logits.shape[0], logits.device)
+    out.check("out", logits.shape[0])
     if uses_triton(logits):
         _launch_scores(logits, rows, out)
         return out
@@ -99,6 +100,7 @@ def row_gradient_(
     """
     _check(logits, rows)
     num_rows = (logits.shape[0],)
+    scores.check("scores", logits.shape[0])
     expect("dlogprobs", dlogprobs, num_rows, (torch.float32,), contiguous=False)
     if dentropies is not None:
         expect("dentropies", dentropies, num_rows, (torch.float32,), contiguous=False)

@@ -49,6 +49,11 @@ class RowScores(NamedTuple):
     def empty(cls, num_rows: int, device: torch.device) -> "RowScores":
         return cls(*(torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(3)))
 
+    def check(self, name: str, num_rows: int) -> None:
+        """ValueError unless these are scores of so many rows."""
+        for field, score in self._asdict().items():
+            expect(f"{name}.{field}", score, (num_rows,), (torch.float32,))
+
     def part(self, rows: slice) -> "RowScores":
         return RowScores(self.logprobs[rows], self.entropies[rows], self.normalisers[rows])
 

@@ -226,7 +226,9 @@ def test_wrong_inputs_are_refused_by_name(device: torch.device) -> None:
     good = make_case(device, num_guided=3, kept=0.5, vocab=64)
     policy, reference, token_ids, support = good
     hidden, weight, uncond = policy
+    scattered = hidden.transpose(2, 3).contiguous().transpose(2, 3)
     cases = [
+        ("policy.hidden", good._replace(policy=policy._replace(hidden=scattered))),
         ("token_ids", good._replace(token_ids=token_ids.flatten(0, 1))),
         ("token_ids", good._replace(token_ids=token_ids.int())),
         (

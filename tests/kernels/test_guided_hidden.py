@@ -68,6 +68,7 @@ def test_wrong_inputs_are_refused_by_name(device: torch.device) -> None:
         ("cond", cond[0], cond),
         ("cond", cond.double(), cond),
         ("cond", cond.transpose(0, 1), cond),
+        ("uncond", cond, cond.transpose(0, 1).contiguous().transpose(0, 1)),
         ("uncond", cond, cond[:1]),
         ("uncond", cond, cond.half()),
         ("uncond", cond, torch.zeros(2, 5, 8, device=device)),

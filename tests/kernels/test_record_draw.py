@@ -128,6 +128,8 @@ def test_some_rows_can_be_recorded_and_the_others_stay() -> None:
         ({"inputs": {"x": torch.zeros(2, S, 7)}}, "inputs.x: expected shape"),
         ({"inputs": {"x": torch.zeros(2, S, 16)[..., ::2]}}, "inputs: expected the rows"),
         ({"log": {"entropies": torch.zeros(S, T + 1)}}, "log.entropies: expected shape"),
+        ({"log": {"entropies": torch.zeros(T, S).t()}}, "log.entropies: expected a contiguous"),
+        ({"inputs": {"positions": torch.zeros(2 * S).long()[::2]}}, "inputs.positions: expected a"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(

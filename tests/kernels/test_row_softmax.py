@@ -296,6 +296,13 @@ def test_wrong_inputs_are_refused_by_name(device: torch.device) -> None:
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             row_scores(given, given_rows)
     scores, ones = row_scores(logits, rows), torch.ones(2, device=device)
+    for field in scores._fields:
+        short = scores._replace(**{field: ones[:1]})
+        with pytest.raises(ValueError, match=rf"^out\.{field}: expected shape"):
+            row_scores(logits, rows, short)
+        strided = scores._replace(**{field: torch.ones(4, device=device)[::2]})
+        with pytest.raises(ValueError, match=rf"^scores\.{field}: expected a contiguous"):
+            row_gradient_(logits, rows, strided, ones, ones, logits)
     bad_gradients = [
         ("dlogprobs", ones.double(), ones, logits),
         ("dentropies", ones, ones[:1], logits),
