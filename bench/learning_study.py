@@ -60,7 +60,9 @@ class Size:
 
 SIZES = {
     "full": Size(),
-    "smoke": Size(steps=12, seeds=(0,), weights=(2.0,), more_weights=(), evaluation_images=300),
+    "smoke": Size(
+        steps=12, seeds=(0,), weights=(2.0,), more_weights=(), long_steps=0, evaluation_images=300
+    ),
 }
 
 

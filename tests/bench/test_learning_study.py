@@ -112,6 +112,12 @@ def test_the_weights_come_first_and_then_every_arm_of_one_seed_after_another() -
     assert jobs[-1].loo_fid_weight == 9.0
 
 
+def test_the_smoke_form_runs_every_arm_once_and_briefly() -> None:
+    jobs = set(study.planned(study.SIZES["smoke"], []))
+    assert sorted(job.arm for job in jobs) == sorted(arms.ARMS)
+    assert {job.steps for job in jobs} == {12}
+
+
 def test_a_second_call_goes_on_where_the_first_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
