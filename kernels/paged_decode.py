@@ -17,8 +17,8 @@ programs = 196 KB a multiprocessor; 4.3 TB/s at 0.7 us of latency needs 23. Inst
 338 a warp and tile and 466 around them (Triton 3.6: 318 and 532), 67, 53, 46 % of the issue slots
 at t 64, 128, 256.
 
-The kernel's body is longer than the house's 80 lines: rotation, store, walk and end share registers,
-and a Triton function of its own for each would pass a dozen of them.
+The kernel's body is longer than the house's 80 lines: rotation, store, walk and end share what is
+in registers, and a Triton function of its own for each would pass a dozen of them.
 """
 
 import math
