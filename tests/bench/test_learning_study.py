@@ -106,8 +106,8 @@ def test_the_weights_come_first_and_then_every_arm_of_one_seed_after_another() -
     assert [(job.seed, job.arm, job.steps) for job in jobs[3:-5]] == [
         (seed, arm, 56) for seed in (0, 1) for arm in arms.ARMS
     ]
-    assert [(job.arm, job.steps, job.beta) for job in jobs[-5:-1]] == [
-        (arm, 168, beta) for beta in (0.1, 0.01) for arm in ("judge", "judge_loofid")
+    assert [(job.arm, job.seed, job.steps, job.beta) for job in jobs[-5:-1]] == [
+        (arm, seed, 168, 0.03) for seed in (0, 1) for arm in ("judge", "judge_loofid")
     ]
     assert jobs[-1].loo_fid_weight == 9.0
 
