@@ -9,21 +9,18 @@ and the next draw.
 Source: Shao et al., arXiv:2402.03300 (GRPO); the recipe of AR-GRPO, arXiv:2508.06924.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
 from argrpo.best_checkpoint import BestCheckpoint
+from argrpo.collection import Collection
 from argrpo.config import TrainConfig
-from argrpo.data import Prompt, load_prompts
+from argrpo.data import load_prompts
 from argrpo.devices import DTYPES, choose_device
 from argrpo.engine.conditions import moved_to
-from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.entropy_control import make_entropy_control
 from argrpo.evaluation.during_training import Evaluation
@@ -34,8 +31,7 @@ from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.attention_backends import check_attention
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
 from argrpo.models.pairing import check_pair
-from argrpo.pixels import seen_by_judges
-from argrpo.rewards.scoring import Judges, Scores
+from argrpo.rewards.scoring import Judges
 from argrpo.run_folder import RunFolder
 from argrpo.step_clock import StepClock
 from argrpo.step_profile import StepProfile
@@ -105,6 +101,9 @@ class Trainer:
         self._judges = Judges(config, self._device, self.profile.ranges)
         self._learner = Learner(self.policy, config, self.profile.ranges)
         self.engine = self._make_engine()
+        self._collection = Collection(
+            config, self._prompts, self.engine, self._tokenizer, self._judges, self._clock
+        )
         self._entropy = make_entropy_control(
             config.entropy,
             constant=config.objective.entropy_coef,
@@ -187,10 +186,11 @@ class Trainer:
     def _train_step(self, step: int) -> dict[str, float]:
         """One rollout iteration: the whole method in a few lines."""
         self._clock.start_step()
-        prompts = self._prompts.draw(self.config.prompts_per_step, self.config.seed, step)
-        rollout = self._draw(prompts, step)
-        images = self._decode(rollout)
-        scores = self._score(images, prompts, step)
+        rollout, scores = self._collection.collect(
+            step,
+            with_monitors=self._is_shown(step + 1),
+            support=self.config.rollout.is_filtered and self._learner.wants_support,
+        )
         advantages = scores.advantages(self.config.images_per_prompt)
         with self._clock.phase("logprob"):
             experience = self._learner.prepare(rollout, advantages)
@@ -209,28 +209,6 @@ class Trainer:
             "entropy/draw": rollout.entropies.mean().item(),
             **self._clock.finish_step(len(rollout), rollout.token_ids.numel()),
         }
-
-    def _draw(self, prompts: list[Prompt], step: int) -> Rollout:
-        with self._clock.phase("rollout"):
-            conditions = self._prompts.conditions(prompts, self.config.images_per_prompt)
-            seed = draw_seed(self.config.seed, step)
-            params = self.config.rollout
-            support = params.is_filtered and self._learner.wants_support
-            return self.engine.draw(conditions, params, seed=seed, support=support)
-
-    def _decode(self, rollout: Rollout) -> Tensor:
-        with self._clock.phase("decode"):
-            return self._pixels(rollout)
-
-    def _pixels(self, rollout: Rollout) -> Tensor:
-        batch = self.config.tokenizer.decode_batch
-        return self._tokenizer.decode(rollout.token_ids, decode_batch=batch)
-
-    def _score(self, images: Tensor, prompts: list[Prompt], step: int) -> Scores:
-        with self._clock.phase("reward"):
-            repeated = [p for p in prompts for _ in range(self.config.images_per_prompt)]
-            seen = seen_by_judges(images, self.config.tokenizer.pixels)
-            return self._judges.score(seen, repeated, with_monitors=self._is_shown(step + 1))
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Measure the policy, where it is time, and keep it if it is the best so far."""
@@ -269,7 +247,7 @@ class Trainer:
             self._prompts.conditions(cycle, 1), self.config.rollout, seed=self.config.seed
         )
         path = self._folder.samples(step)
-        save_grid(self._pixels(rollout), path)
+        save_grid(self._collection.pixels(rollout), path)
         for tracker in self._trackers:
             tracker.image(step, "samples", path)
 
@@ -285,9 +263,3 @@ class Trainer:
                 params.top_k,
                 params.top_p,
             )
-
-
-def draw_seed(run_seed: int, step: int) -> int:
-    """The seed of a step's draw: 64 bits hashed from the run's seed and the step."""
-    digest = hashlib.blake2b(f"draw {run_seed} {step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from argrpo.collection import draw_seed
 from argrpo.config import (
     DataConfig,
     OptimizerConfig,
@@ -28,7 +29,7 @@ from argrpo.models.vq import VQConfig, VQTokenizer
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.run_folder import RunFolder
 from argrpo.schedules import LearningRateConfig
-from argrpo.trainer import Trainer, draw_seed
+from argrpo.trainer import Trainer
 
 
 def brighter_left(images: Tensor, prompts: list[Prompt]) -> Tensor:
