@@ -14,7 +14,7 @@ PYTHON  := python3.14 python3.13 python3.12 python3.11 python3
 # Of one `make gpu`; the next call continues where it stopped.
 MINUTES := 9
 # What stays in the environment, and what pip downloads before it unpacks.
-DISK_GB := 7
+DISK_GB := 8
 TEMP_GB := 3
 # Prints major.minor; fails where argrpo would not run.
 define SUPPORTED

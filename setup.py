@@ -47,6 +47,7 @@ EXTRAS = {
     "eval": ["torch-fidelity"],
     "track": ["wandb", "trackio"],
     "dev": [
+        "argrpo[judges,text,iqa,eval]",  # what the tests of those extras import
         "pytest>=8.1",
         "pytest-benchmark",
         "hypothesis",
