@@ -285,6 +285,17 @@ class TrainConfig:
                 f"objective.entropy_coef: expected 0 with entropy.control {self.entropy.control}, "
                 f"which sets it, got {objective.entropy_coef}"
             )
+        if self.parity.entropy_by_completion and (is_guided or self.entropy.control != "loofid"):
+            raise ValueError(
+                "parity.entropy_by_completion: expected entropy.control loofid and "
+                f"objective.policy conditional with it, got {self.entropy.control} and "
+                f"{objective.policy}"
+            )
+        if self.parity.entropy_by_completion and self.prompts_per_step % self.minibatches:
+            raise ValueError(
+                f"minibatches: expected a divisor of the {self.prompts_per_step} prompts with "
+                f"parity.entropy_by_completion, got {self.minibatches}"
+            )
         if objective.clip_components and self.advantage.aggregation == "sum_then_normalize":
             raise ValueError(
                 "objective.clip_components: expected rewards that are normalised apart, got "

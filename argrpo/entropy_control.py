@@ -9,7 +9,8 @@ With h = entropy / ln V, the policy's mean token entropy as a share of the large
     target     c + rate (target - h), within [min_coef, max_coef]; begins at base_coef
 
 h is that of the step before, since a step's own entropy is known only after its update. A first
-step has none: loofid then takes s0 and target base_coef.
+step has none: loofid then takes s0 and target base_coef. parity.entropy_by_completion measures h
+during the step instead, as the released code does.
 
 Source: loofid: Baran et al., arXiv:2603.23086; bugrabaran/ar-policy-tuning at fac5b31, grpo.py,
 which takes h from each slice of a step's images during its update. target: integral control.
@@ -101,6 +102,10 @@ class EntropyControl(Protocol):
         """Reward per token and nat in a step, 0-based."""
         ...
 
+    def coefficient_at(self, step: int, entropy: float) -> float:
+        """The same where the policy's mean token entropy, in nats, is known in time."""
+        ...
+
     def observe(self, entropy: float) -> None:
         """Hear the policy's mean token entropy in a step, in nats.
 
@@ -166,6 +171,9 @@ class _Constant:
     def coefficient(self, step: int) -> float:
         return self._value
 
+    def coefficient_at(self, step: int, entropy: float) -> float:
+        return self._value
+
     def observe(self, entropy: float) -> None:
         _share(entropy, 2)
 
@@ -184,10 +192,16 @@ class _LooFid:
         self._last: float | None = None  # share of ln V
 
     def coefficient(self, step: int) -> float:
-        return loofid_coefficient(min(step / self._num_steps, 1.0), self._last, self._config)
+        return self._at(step, self._last)
+
+    def coefficient_at(self, step: int, entropy: float) -> float:
+        return self._at(step, _share(entropy, self._vocab_size))
 
     def observe(self, entropy: float) -> None:
         self._last = _share(entropy, self._vocab_size)
+
+    def _at(self, step: int, share: float | None) -> float:
+        return loofid_coefficient(min(step / self._num_steps, 1.0), share, self._config)
 
     def state_dict(self) -> dict[str, Tensor]:
         last = math.nan if self._last is None else self._last
@@ -205,6 +219,10 @@ class _Target:
         self._coefficient = _clamped(config.base_coef, config)
 
     def coefficient(self, step: int) -> float:
+        return self._coefficient
+
+    def coefficient_at(self, step: int, entropy: float) -> float:
+        # It moves from step to step, whatever the entropy is within one.
         return self._coefficient
 
     def observe(self, entropy: float) -> None:

@@ -10,6 +10,7 @@ Shapes: N images of a step, m images of a micro-batch, T tokens of an image.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -119,7 +120,12 @@ class Learner:
         )
 
     def learn(
-        self, experience: Experience, step: int, *, entropy_coef: float | Tensor | None = None
+        self,
+        experience: Experience,
+        step: int,
+        *,
+        entropy_coef: float | Tensor | None = None,
+        entropy_rule: Callable[[float], float] | None = None,
     ) -> dict[str, float]:
         """All optimizer steps on the same images.
 
@@ -128,6 +134,8 @@ class Learner:
             step: 0-based, for the learning rate.
             entropy_coef: the reward for entropy in place of the objective's; a tensor [N] has one
                 for each image.
+            entropy_rule: mean token entropy in nats -> the coefficient, for the images at each
+                place of their groups, in place of `entropy_coef`; see `ParityConfig`.
 
         Returns:
             Metrics of the last pass over the images, except how far the draw's log-probs lie from
@@ -138,10 +146,12 @@ class Learner:
         """
         metrics = self._policy_entropy(experience.tokens)
         for epoch in range(self._config.inner_epochs):
-            updates = [
-                self._update(experience, rows, step, entropy_coef)
-                for rows in self._minibatches(len(experience))
-            ]
+            updates = []
+            for rows in self._minibatches(len(experience)):
+                if entropy_rule is not None:
+                    entropy_coef = self._by_completion(experience.tokens, rows, entropy_rule)
+                    metrics["entropy/coef"] = entropy_coef[rows].mean().item()
+                updates.append(self._update(experience, rows, step, entropy_coef))
             if epoch == 0:
                 metrics |= _draw_mismatch(experience.rollout, updates[0])
         if self._reference is not None:
@@ -163,6 +173,19 @@ class Learner:
         if config.objective.old_logprobs == "draw":
             return rollout.logprobs
         return scored(self._policy, self._trained(tokens), config.micro_batch).logprobs
+
+    def _by_completion(
+        self, tokens: TokensToScore, rows: Tensor, rule: Callable[[float], float]
+    ) -> Tensor:
+        """[N] coefficients of the images of an optimizer step, by their places in their groups."""
+        group = self._config.images_per_prompt
+        entropies = scored(self._policy, tokens.rows(rows), self._config.micro_batch).entropies
+        of_places = entropies.mean(dim=1).view(-1, group).mean(dim=0).tolist()
+        coefficients = entropies.new_zeros(len(tokens.token_ids))
+        coefficients[rows] = entropies.new_tensor([rule(h) for h in of_places]).repeat(
+            len(rows) // group
+        )
+        return coefficients
 
     def _update(
         self, experience: Experience, rows: Tensor, step: int, entropy_coef: Tensor | float | None

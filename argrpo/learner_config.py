@@ -35,6 +35,12 @@ class ParityConfig:
     """Where rewards are normalised apart, weigh a reward before it is divided by its spread, where
     a weight cancels up to the 1e-4 (bugrabaran/ar-policy-tuning at fac5b31, grpo.py)."""
 
+    entropy_by_completion: bool = False
+    """Give the images at each place of their groups, one of every prompt, a coefficient of their
+    own that follows their own entropy, measured before each optimizer step; else one coefficient
+    follows the mean of the step before. Costs a pass over the images an optimizer step. Needs
+    entropy.control loofid (bugrabaran/ar-policy-tuning at fac5b31, grpo.py)."""
+
     bf16_masters: bool = False
     """Update bf16 weights themselves, with bf16 gradients and moments, which loses updates below
     half a unit in their last place (bugrabaran/ar-policy-tuning at fac5b31; Kwai-Klear/AR-GRPO at

@@ -11,7 +11,7 @@ Source: Shao et al., arXiv:2402.03300 (GRPO); the recipe of AR-GRPO, arXiv:2508.
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,7 +196,11 @@ class Trainer:
             experience = self._learner.prepare(rollout, advantages)
         entropy_coef = self._entropy.coefficient(step)
         with self._clock.phase("update"):
-            learned = self._learner.learn(experience, step, entropy_coef=entropy_coef)
+            by_completion = self.config.parity.entropy_by_completion
+            rule = partial(self._entropy.coefficient_at, step) if by_completion else None
+            learned = self._learner.learn(
+                experience, step, entropy_coef=entropy_coef, entropy_rule=rule
+            )
         self._judges.update()
         # A step without a single score measures no entropy.
         if advantages.used.any():
@@ -204,8 +208,8 @@ class Trainer:
         return {
             **scores.metrics(),
             **advantages.metrics(),
-            **learned,
             "entropy/coef": entropy_coef,
+            **learned,
             "entropy/draw": rollout.entropies.mean().item(),
             **self._clock.finish_step(len(rollout), rollout.token_ids.numel()),
         }

@@ -68,6 +68,18 @@ def test_a_schedule_without_rise_or_fall_is_flat() -> None:
     assert {control.coefficient(step) for step in (0, 1, 599, 600)} == {2.2e-3}
 
 
+def test_the_entropy_of_the_same_step_counts_where_it_is_known() -> None:
+    entropy = 0.5 * math.log(256)
+    early, late = (
+        make_entropy_control(
+            EntropyConfig(control="loofid"), constant=0.0, num_steps=100, vocab_size=256
+        )
+        for _ in range(2)
+    )
+    late.observe(entropy)
+    assert early.coefficient_at(20, entropy) == late.coefficient(20) != early.coefficient(20)
+
+
 def test_target_settles_where_the_entropy_is_on_target() -> None:
     # A policy whose entropy is proportional to what it is paid: on target at 1.5e-3.
     control = _control(control="target", target=0.75, rate=1e-3)

@@ -18,11 +18,13 @@ from argrpo.engine.conditions import TextFeatures
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.entropy_control import EntropyConfig
 from argrpo.learner import Learner
 from argrpo.learner_config import ParityConfig
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.schedules import LearningRateConfig
+from argrpo.token_scores import scored
 
 PROMPTS, GROUP = 3, 4
 IMAGES = PROMPTS * GROUP
@@ -164,3 +166,64 @@ def test_released_bf16_weights_lose_small_updates() -> None:
             learner.learn(learner.prepare(rollout, some_advantages()), 0)
         moved[is_bf16] = (weights(policy) != before).float().mean().item()
     assert moved[True] < 0.8 * moved[False]
+
+
+def test_each_place_of_a_group_has_the_coefficient_of_its_own_entropy() -> None:
+    policy, heard = make_policy(), []
+
+    def rule(entropy: float) -> float:
+        heard.append(entropy)
+        return 0.1 * entropy
+
+    rollout, config = draw(policy), make_config(inner_epochs=2)
+    learner = Learner(policy, config)
+    experience = learner.prepare(rollout, some_advantages())
+    before = scored(policy, experience.tokens, IMAGES).entropies
+    learner.learn(experience, 0, entropy_rule=rule)
+    want = [before[place::GROUP].mean().item() for place in range(GROUP)]
+    # Sums of fp32 in another order.
+    assert heard[:GROUP] == pytest.approx(want, rel=1e-5)
+    assert heard[GROUP:] != heard[:GROUP]  # the second pass measures the policy that has moved
+    assert len(heard) == 2 * GROUP
+
+
+def test_coefficients_by_completion_are_those_of_a_tensor() -> None:
+    moved = []
+    for by_rule in (False, True):
+        policy = make_policy()
+        learner = Learner(policy, make_config())
+        experience = learner.prepare(draw(policy), some_advantages())
+        if by_rule:
+            metrics = learner.learn(experience, 0, entropy_rule=lambda entropy: 0.1 * entropy)
+        else:
+            entropies = scored(policy, experience.tokens, 5).entropies
+            of_places = 0.1 * entropies.mean(dim=1).view(PROMPTS, GROUP).mean(dim=0)
+            learner.learn(experience, 0, entropy_coef=of_places.repeat(PROMPTS))
+        moved.append(weights(policy))
+    # The rule is told in fp64 what the tensor holds in fp32.
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-6)
+    assert metrics["entropy/coef"] == pytest.approx(of_places.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "expected entropy.control loofid and objective.policy conditional with it, got const"),
+        (
+            {
+                "entropy": EntropyConfig(control="loofid"),
+                "objective": ObjectiveConfig(policy="guided"),
+            },
+            "got loofid and guided",
+        ),
+        (
+            {"entropy": EntropyConfig(control="loofid"), "minibatches": 2},
+            "minibatches: expected a divisor of the 3 prompts",
+        ),
+    ],
+)
+def test_coefficients_by_completion_want_whole_groups_and_their_control(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(parity=ParityConfig(entropy_by_completion=True), **settings)
