@@ -6,9 +6,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(name: str) -> torch.device:
-    """auto takes a GPU where there is one."""
+    """auto takes a GPU where there is one; of several, the one that this process was given."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA GPU, got none; use --device cpu")
-    return torch.device(name)
+    # By its number: "cuda" alone would be the first GPU in every thread but the main one.
+    return torch.device(name, torch.cuda.current_device())

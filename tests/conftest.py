@@ -5,13 +5,16 @@ that `pytest tests/kernels/test_rmsnorm.py` tests the kernel and not its referen
 All other tests run the path that a user on a CPU runs, hence two processes in `make test`.
 """
 
+import multiprocessing
 import os
+import pickle
 import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,6 +28,8 @@ if TYPE_CHECKING:  # fixtures import argrpo late: whoever imports a kernel fixes
 TESTS = Path(__file__).parent
 KERNEL_TESTS = TESTS / "kernels"
 ENGINE_TESTS = TESTS / "engine"
+
+_RANKS_TIMEOUT_S = 60  # a test of a hang fails after this long
 
 # A missing local file must be an error in a test, never a download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -81,6 +86,67 @@ def _files_up_to(num_bytes: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+
+
+class Ended(NamedTuple):
+    """How a process of `run_ranks` ended."""
+
+    result: Any  # what its function returned, or what it raised
+    code: int  # of the process; negative: the signal that killed it
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Iterator[Callable[..., list[Ended]]]:
+    """`run_ranks(2, work, *arguments)` runs a function as each rank of a group of gloo processes.
+
+    Forked, so that nothing is imported again; threads do not survive a fork, and the tests' one
+    thread has none to miss.
+    """
+    context = multiprocessing.get_context("fork")
+    started: list[multiprocessing.process.BaseProcess] = []
+
+    def run(num_ranks: int, work: Callable[..., object], *arguments: object) -> list[Ended]:
+        store = tmp_path / f"ranks_{len(started)}"
+        answers = []
+        for rank in range(num_ranks):
+            mine, its = context.Pipe(duplex=False)
+            own = (its, store, rank, num_ranks, work, arguments)
+            started.append(context.Process(target=_as_rank, args=own, daemon=True))
+            started[-1].start()
+            its.close()
+            answers.append(mine)
+        return [_ended(*pair) for pair in zip(answers, started[-num_ranks:], strict=True)]
+
+    yield run
+    for process in started:
+        process.kill()
+
+
+def _as_rank(
+    answer: Connection, store: Path, rank: int, count: int, work: Callable[..., object], given: Any
+) -> None:
+    import torch.distributed as dist
+
+    from argrpo.process_group import failures_told
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    try:
+        with failures_told():
+            result = work(*given)
+    except Exception as error:
+        result = error
+    answer.send_bytes(pickle.dumps(result))
+
+
+def _ended(answer: Connection, process: multiprocessing.process.BaseProcess) -> Ended:
+    assert answer.poll(_RANKS_TIMEOUT_S), "expected an answer, got a rank that hangs"
+    try:
+        result = pickle.loads(answer.recv_bytes())
+    except EOFError:
+        result = None  # it was killed
+    process.join(_RANKS_TIMEOUT_S)
+    assert process.exitcode is not None
+    return Ended(result, process.exitcode)
 
 
 @pytest.fixture(autouse=True)
