@@ -20,7 +20,8 @@ class EvalConfig:
 
     num_images: int = 200
     """Images of an evaluation and guidance scale, spread evenly over the prompts. Distances depend
-    on it: compare only like counts."""
+    on it: compare only like counts. Two or more a prompt also give eval/pairwise_distance (of their
+    features) and pairwise_pixels: how different the images of one prompt are."""
 
     seed: int = 0
     """Of the images; not the run's, so that runs of several seeds are measured on the same."""
@@ -33,7 +34,7 @@ class EvalConfig:
     """Measured as eval/JUDGE/mean, std and win_rate: how often an image scores above that of the
     policy before training, same seed and condition, where a tie counts half. Weights do nothing."""
 
-    features: Literal["inception", "dinov2", "digits_judge"] = "inception"
+    features: Literal["inception", "inception_fid", "dinov2", "digits_judge"] = "inception"
     """The network in whose features images are compared with the reference."""
 
     features_path: str | None = None
@@ -41,14 +42,15 @@ class EvalConfig:
     measures no distance."""
 
     reference: str | None = None
-    """Of eval/frechet: an npz file of moments, a folder of images, or dataset:digits/SPLIT. Images
-    also give eval/precision and eval/recall; their features are held, 4 bytes each."""
+    """Of eval/frechet: an npz file of moments or of images, a folder of images, or
+    dataset:digits/SPLIT. Images also give eval/precision, recall, density and coverage; their
+    features are held, 4 bytes each."""
 
     image_size: int | None = None
     """To which images of a folder are cropped and resized first; None: squares of one size."""
 
     neighbours: int = 3
-    """k of precision and recall, by nearest neighbours; 0 measures neither."""
+    """k of precision, recall, density and coverage, by nearest neighbours; 0 measures none."""
 
     best_metric: str | None = None
     """Name of a metric, as eval/frechet: the policy of the best evaluation is kept under

@@ -16,6 +16,10 @@ _CHARTS = (
     ("frechet", "Frechet distance to the reference"),
     ("precision", "Precision"),
     ("recall", "Recall"),
+    ("density", "Density"),
+    ("coverage", "Coverage"),
+    ("pairwise_distance", "Distance between images of one prompt, in features"),
+    ("pairwise_pixels", "Distance between images of one prompt, in pixels"),
     ("entropy", "Entropy of the draws, nats a token"),
 )
 

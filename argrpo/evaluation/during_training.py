@@ -20,6 +20,7 @@ from argrpo.config import TrainConfig
 from argrpo.data import Prompt, PromptSet
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.evaluation.diversity import distance_within, has_pairs, thumbnails
 from argrpo.evaluation.features import load_extractor
 from argrpo.evaluation.set_measures import SetMeasures
 from argrpo.model_paths import blamed_on, named_within, resolve_path
@@ -43,6 +44,7 @@ class _Looks:
 
     scores: Tensor  # [M, J] fp32 on the CPU, NaN = not scored
     features: Tensor | None  # [M, C]
+    pixels: Tensor  # [M, P] of thumbnails, on the CPU
     entropy: float  # nats a token, of the distribution drawn from
 
 
@@ -60,6 +62,7 @@ class Evaluation:
         self._config, self._device = config, device
         self._prompts = spread(prompts.prompts, settings.num_images)
         self._conditions = prompts.conditions(self._prompts, 1)
+        self._groups = torch.tensor([prompt.prompt_id for prompt in self._prompts])
         self._seed = evaluation_seed(settings.seed)
         self._views = _views(settings.guidance_scales, config.rollout)
         # Building a network draws random weights before those of its file come.
@@ -84,6 +87,9 @@ class Evaluation:
         """Names of all metrics, as they are logged."""
         kinds = [f"{j.name}/{k}" for j in self._judges for k in ("mean", "std", "win_rate")]
         kinds += [] if self._measures is None else self._measures.names
+        if has_pairs(self._groups):
+            kinds += [] if self._measures is None else ["pairwise_distance"]
+            kinds += ["pairwise_pixels"]
         return [f"{view.prefix}{kind}" for view in self._views for kind in [*kinds, "entropy"]]
 
     @torch.no_grad()
@@ -103,6 +109,7 @@ class Evaluation:
             found = {**self._judged(look.scores, base), "entropy": look.entropy}
             if self._measures is not None and look.features is not None:
                 found |= self._measures.measure(look.features)
+            found |= self._diversity(look)
             metrics |= {f"{view.prefix}{kind}": value for kind, value in found.items()}
         return {**metrics, "eval/seconds": time.perf_counter() - started}
 
@@ -111,17 +118,27 @@ class Evaluation:
     ) -> _Looks:
         """Images are decoded, seen and let go, as many at a time as a step of the training has."""
         rollout = engine.draw(self._conditions, params, seed=self._seed)
-        scores, features = [], []
+        scores, features, pixels = [], [], []
         count, settings = self._config.images_per_step, self._config.tokenizer
         for start in range(0, len(rollout), count):
             part = rollout.token_ids[start : start + count]
             images = tokenizer.decode(part, decode_batch=settings.decode_batch)
             seen = seen_by_judges(images, settings.pixels)
             scores.append(self._score(seen, self._prompts[start : start + count]))
+            pixels.append(thumbnails(seen))
             if self._measures is not None:
                 features.append(self._measures.features(seen))
         together = torch.cat(features) if features else None
-        return _Looks(torch.cat(scores), together, rollout.entropies.mean().item())
+        entropy = rollout.entropies.mean().item()
+        return _Looks(torch.cat(scores), together, torch.cat(pixels), entropy)
+
+    def _diversity(self, look: _Looks) -> dict[str, float]:
+        """How different the images of one prompt are; nothing where each prompt has one image."""
+        if not has_pairs(self._groups):
+            return {}
+        found = {} if look.features is None else {"pairwise_distance": look.features}
+        found["pairwise_pixels"] = look.pixels
+        return {name: distance_within(rows, self._groups) for name, rows in found.items()}
 
     def _score(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         columns = [judge(images, prompts).float().cpu() for judge in self._judges]

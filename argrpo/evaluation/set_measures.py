@@ -1,4 +1,4 @@
-"""What features say of a set of images beside references: distance, precision and recall.
+"""What features say of a set of images beside references: distance, precision, recall and kin.
 
 Everything about the references is worked out once, so that a set can be measured again and again.
 """
@@ -12,14 +12,18 @@ from argrpo.evaluation.features import FeatureExtractor
 from argrpo.evaluation.frechet import frechet_to
 from argrpo.evaluation.frechet_loo import FrechetReference
 from argrpo.evaluation.moments import moments_of
-from argrpo.evaluation.precision_recall import ball_radii, covered
+from argrpo.evaluation.precision_recall import ball_radii, neighbourhoods
 from argrpo.evaluation.reference_moments import reference_features, reference_moments
 
 _LOG = logging.getLogger(__name__)
 
 
+_OF_IMAGES = ["precision", "recall", "density", "coverage"]
+
+
 class SetMeasures:
-    """The Frechet distance to references and, where these are images, precision and recall."""
+    """The Frechet distance to references and, where these are images, precision and recall,
+    density and coverage."""
 
     def __init__(
         self,
@@ -36,7 +40,7 @@ class SetMeasures:
             extractor: makes features, on `device`.
             reference: an npz file of moments, a folder of images, or dataset:digits/SPLIT.
             image_size: to which images of a folder are cropped and resized first.
-            neighbours: k of precision and recall; 0 measures neither.
+            neighbours: k of precision, recall, density and coverage; 0 measures none of them.
             device: where matrices are decomposed and neighbours looked for.
 
         Raises:
@@ -70,8 +74,7 @@ class SetMeasures:
     @property
     def names(self) -> list[str]:
         """What `measure` says."""
-        has_images = self._references is not None
-        return ["frechet", "precision", "recall"] if has_images else ["frechet"]
+        return ["frechet", *([] if self._references is None else _OF_IMAGES)]
 
     def features(self, images: Tensor) -> Tensor:
         """[N, C] fp32 of images [N, 3, H, W] in [0, 1]."""
@@ -97,8 +100,6 @@ class SetMeasures:
             return dict.fromkeys(self.names, torch.nan)
         found = {"frechet": frechet_to(kept, self._frechet)}
         if self._references is not None:
-            is_near = covered(kept, self._references, radii=self._radii)
-            is_recalled = covered(self._references, kept, k=self._k)
-            found["precision"] = is_near.double().mean().item()
-            found["recall"] = is_recalled.double().mean().item()
+            near = neighbourhoods(kept, self._references, k=self._k, radii=self._radii)
+            found |= near._asdict()
         return found

@@ -59,7 +59,7 @@ def test_a_best_metric_may_stay_where_evaluation_is_switched_off() -> None:
 
 def test_the_networks_are_those_that_can_be_loaded() -> None:
     assert get_type_hints(EvalConfig)["features"] == FeatureKind
-    assert len(get_args(FeatureKind)) == 3
+    assert len(get_args(FeatureKind)) == 4
 
 
 def test_a_run_says_at_its_start_how_often_it_is_evaluated() -> None:

@@ -20,7 +20,7 @@ from argrpo.config import (
     TrainConfig,
 )
 from argrpo.data import Prompt
-from argrpo.digits.judges import DigitJudge, save_judge
+from argrpo.digits.judges import DigitJudge, load_judge, save_judge
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.eval_config import EvalConfig
@@ -130,14 +130,18 @@ def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drawn_scores(policy_path: Path, models: Path, scale: float) -> Tensor:
+def drawn_images(policy_path: Path, models: Path, scale: float) -> Tensor:
     """What an evaluation looks at, drawn by hand."""
     policy, tokenizer = load_policy(policy_path), load_tokenizer(models / "tokenizer")
     engine = RolloutEngine(policy, max_slots=8)
     labels = torch.tensor([*range(10), 0, 1])
     params = SamplingParams(guidance_scale=scale)
     rollout = engine.draw(labels, params, seed=evaluation_seed(0))
-    return brighter_left(tokenizer.decode(rollout.token_ids), [])
+    return tokenizer.decode(rollout.token_ids)
+
+
+def drawn_scores(policy_path: Path, models: Path, scale: float) -> Tensor:
+    return brighter_left(drawn_images(policy_path, models, scale), [])
 
 
 def test_an_evaluation_changes_neither_weights_nor_metrics(models: Path, tmp_path: Path) -> None:
@@ -175,7 +179,8 @@ def test_there_is_one_before_the_first_step_one_after_the_last_and_one_at_every_
 
 def test_metrics_are_of_judges_distances_and_each_guidance_scale(finished: Path) -> None:
     kinds = [f"{LEFT}/mean", f"{LEFT}/std", f"{LEFT}/win_rate", "frechet", "precision", "recall"]
-    names = {f"eval/{place}{k}" for place in ("", "guidance_1/") for k in [*kinds, "entropy"]}
+    kinds += ["density", "coverage", "pairwise_distance", "pairwise_pixels", "entropy"]
+    names = {f"eval/{place}{kind}" for place in ("", "guidance_1/") for kind in kinds}
     for row in rows_of(finished / "evaluations.jsonl"):
         assert row.keys() == names | {"eval/seconds", "step"}
         assert all(value is not None for value in row.values())
@@ -195,6 +200,27 @@ def test_an_image_is_compared_with_that_of_the_base_at_its_seed_and_condition(
         assert first[f"{place}{LEFT}/mean"] == pytest.approx(base.mean().item(), abs=1e-4)
         assert last[f"{place}{LEFT}/mean"] == pytest.approx(scores.mean().item(), abs=1e-4)
         assert last[f"{place}{LEFT}/std"] == pytest.approx(scores.std().item(), rel=1e-4)
+
+
+def test_distances_are_between_images_of_one_prompt(finished: Path, models: Path) -> None:
+    # Of 12 images over 10 classes, 0 and 1 have two, 10 rows apart.
+    images = drawn_images(models / "policy", models, 2.0)
+    first = rows_of(finished / "evaluations.jsonl")[0]
+    judge = load_judge(models / "judge")
+    features, pixels = judge.features(images).double(), images.double().flatten(1)
+    far = [(features[i] - features[i + 10]).norm().item() for i in (0, 1)]
+    # batches of 12 against 8 and 4 in the decoder
+    assert first["eval/pairwise_distance"] == pytest.approx(sum(far) / 2, rel=1e-3)
+    gaps = [(pixels[i] - pixels[i + 10]).square().mean().sqrt().item() for i in (0, 1)]
+    assert first["eval/pairwise_pixels"] == pytest.approx(sum(gaps) / 2, rel=1e-3)
+
+
+def test_one_image_a_prompt_has_no_distance_to_another(models: Path, tmp_path: Path) -> None:
+    settings = eval_of(models, every=1, num_images=10, judges=[])
+    run(replace(config_of(models, settings), num_steps=1), tmp_path / "run")
+    names = rows_of(tmp_path / "run" / "evaluations.jsonl")[0].keys()
+    assert "eval/coverage" in names
+    assert not [name for name in names if "pairwise" in name]
 
 
 def test_the_best_policy_is_that_of_the_best_evaluation_and_says_so(finished: Path) -> None:
@@ -302,7 +328,7 @@ def judge_named(name: str, **options: Any) -> list[RewardConfig]:
     [
         (
             {"best_metric": "eval/heldout/mean"},
-            r"eval\.best_metric: expected one of eval/.*:brighter_left/mean, .*eval/recall, "
+            r"eval\.best_metric: expected one of eval/.*:brighter_left/mean, .*eval/recall, .*"
             "eval/entropy, got eval/heldout/mean",
         ),
         ({"judges": judge_named("clipp")}, r"eval\.judges\.name: expected one of .* got 'clipp'"),

@@ -119,7 +119,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path, dinov2_folder: Path
     ViTConfig(hidden_size=8).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a DINOv2 of transformers, got vit in"):
         load_extractor("dinov2", tmp_path, device=_CPU)
-    with pytest.raises(ValueError, match="features: expected one of inception, dinov2, digits_ju"):
+    with pytest.raises(ValueError, match="features: expected one of inception, inception_fid, d"):
         load_extractor("resnet", tmp_path, device=_CPU)
 
 

@@ -37,7 +37,8 @@ def test_digits_are_measured_as_the_demo_measures_them(judge: Path) -> None:
     found = measures.measure(measures.features(images))
     labels = load_split("policy").labels[:50]
     wanted = evaluate_digits(images, labels, load_judge(judge), load_split("evaluation"))
-    assert list(found) == measures.names == ["frechet", "precision", "recall"]
+    assert list(found) == measures.names
+    assert measures.names == ["frechet", "precision", "recall", "density", "coverage"]
     assert (found["precision"], found["recall"]) == (wanted.precision, wanted.recall)
     # moments summed in parts, and about the first image
     assert found["frechet"] == pytest.approx(wanted.frechet, rel=1e-6)
