@@ -9,7 +9,7 @@ Bytes a weight, besides the working copy: bf16 16 (master, gradient, two moments
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class MasterAdamW:
         weight_decay: float = 0.0,
         max_grad_norm: float | None = 1.0,
         fp32_masters: bool = True,
+        norm: Callable[[list[Tensor]], Tensor] = get_total_norm,
     ) -> None:
         """Masters start as the weights are now.
 
@@ -52,6 +53,8 @@ class MasterAdamW:
                 it; None never does.
             fp32_masters: False updates bf16 weights themselves, with bf16 gradients and moments,
                 and so loses small updates as released codes do; for comparisons only.
+            norm: of the main gradients, taken as one vector; another one where they are a part of
+                those that are clipped together.
 
         Raises:
             ValueError: nothing to train, a weight is neither bf16 nor fp32, or a number is out of
@@ -60,6 +63,7 @@ class MasterAdamW:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected None or above 0, got {max_grad_norm}")
         self._max_grad_norm = max_grad_norm
+        self._norm = norm
         self._working = {name: p for name, p in named_parameters if p.requires_grad}
         self._masters = {name: _master(name, p, fp32_masters) for name, p in self._working.items()}
         # What was added in fp32 to the gradient of a weight that has no fp32 master.
@@ -127,7 +131,7 @@ class MasterAdamW:
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr: expected a finite number of at least 0, got {lr}")
         reached = self._reached()
-        total_norm = get_total_norm([master.grad for master in reached if master.grad is not None])
+        total_norm = self._norm([master.grad for master in reached if master.grad is not None])
         # One host sync a step: whether to step at all depends on it, and the log needs it.
         norm = total_norm.item()
         if math.isfinite(norm):
