@@ -1,144 +1,25 @@
 """The one tree of settings of a run. Frozen; refused at birth if a value is out of range.
 
-`argrpo train --config FILE.yaml` fills it; presets stand in argrpo/configs/. Over 300 lines because
-a setting is looked for here.
+`argrpo train --config FILE.yaml` fills it; presets stand in argrpo/configs/. A part of the tree
+that has settings of its own is a record in a file named after it; what concerns several parts is
+checked here.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from argrpo.data_config import DataConfig
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.entropy_control import EntropyConfig
 from argrpo.eval_config import EvalConfig
 from argrpo.learner_config import ParityConfig, ReferenceConfig
-from argrpo.models.attention_backends import AttentionName
+from argrpo.model_config import PolicyConfig, TokenizerConfig
 from argrpo.objective_config import ObjectiveConfig
+from argrpo.optimizer_config import OptimizerConfig
+from argrpo.output_config import OutputConfig
 from argrpo.profile_config import ProfileConfig
 from argrpo.reward_config import AdvantageConfig, RewardConfig
-from argrpo.schedules import LearningRateConfig
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """Which model is tuned."""
-
-    path: str
-    """LlamaGen .pt file, AR-GRPO folder or argrpo folder; digits:policy is the embedded one."""
-
-    image_size: int | None = None
-    """Pixels a side; required where the file does not say, refused where it says otherwise."""
-
-    num_heads: int | None = None
-    """Attention heads; known for the published widths, required for any other."""
-
-    downsample: int = 16
-    """Pixels a side of one token."""
-
-    text_padding: Literal["left", "right"] | None = None
-    """Where padding stands in the texts of a text-conditional policy: left (LlamaGen) or right
-    (AR-GRPO); None takes what the folder says, and left where it says nothing. With right, the
-    features of a padded last position are read as they stand; LlamaGen's sampler puts 0 there."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the working weights; masters, gradients and optimizer state are always fp32."""
-
-    attention: AttentionName = "sdpa"
-    """Of the training forward: PyTorch's, or a package of the extra `attention` (a GPU; flash_attn
-    in bfloat16 alone)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Which decoder turns tokens into images."""
-
-    path: str
-    """LlamaGen VQ .pt file, AR-GRPO folder or argrpo folder; digits:tokenizer is embedded."""
-
-    decode_batch: int = 16
-    """Images decoded at a time; bounds memory."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights."""
-
-    pixels: Literal["float", "llamagen", "truncate", "round"] = "float"
-    """How rewards see pixels: as decoded, or through the 8 bits of a file."""
-
-    def __post_init__(self) -> None:
-        _at_least("tokenizer.decode_batch", self.decode_batch, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What the images are conditioned on."""
-
-    names: Literal["imagenet", "digits"] = "imagenet"
-    """Where class names come from."""
-
-    classes: list[int] | None = None
-    """Class ids to train on; None takes all that have a name."""
-
-    template: str = "a photo of a {name}"
-    """The text of a class, for judges that read one."""
-
-    text_features: str | None = None
-    """safetensors file of encoded prompts for a text-conditional policy: features [P, L, C], mask
-    [P, L]; prompts as a JSON list in its metadata."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW on fp32 masters."""
-
-    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
-    """The rate of each step."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    """How slowly the averages of the gradient and of its square forget; each in [0, 1)."""
-
-    weight_decay: float = 0.0
-    """Share of a weight, times the learning rate, that each optimizer step takes off."""
-
-    max_grad_norm: float = 1.0
-    """Gradients longer than this are scaled down to it."""
-
-    def __post_init__(self) -> None:
-        if not self.max_grad_norm > 0:
-            raise ValueError(
-                f"optimizer.max_grad_norm: expected a number above 0, got {self.max_grad_norm}"
-            )
-        if self.weight_decay < 0:
-            raise ValueError(
-                f"optimizer.weight_decay: expected at least 0, got {self.weight_decay}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig:
-    """What a run leaves behind, and how often. A step is one rollout iteration."""
-
-    sample_every: int = 20
-    """Steps between grids of fixed seed; 0 draws only the first and the last."""
-
-    sample_images: int = 20
-    """Images of a grid."""
-
-    save_every: int = 100
-    """Steps between checkpoints; 0 saves only the last."""
-
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
-        default_factory=lambda: ["tensorboard"]
-    )
-    """Beside metrics.jsonl, which is always written."""
-
-    def __post_init__(self) -> None:
-        _at_least("output.sample_every", self.sample_every, 0)
-        _at_least("output.sample_images", self.sample_images, 1)
-        _at_least("output.save_every", self.save_every, 0)
+from argrpo.setting_checks import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,16 +120,16 @@ class TrainConfig:
     """Which steps are traced."""
 
     def __post_init__(self) -> None:
-        _at_least("prompts_per_step", self.prompts_per_step, 1)
+        at_least("prompts_per_step", self.prompts_per_step, 1)
         if self.images_per_prompt < 2:
             raise ValueError(
                 "images_per_prompt: expected at least 2 images to compare, "
                 f"got {self.images_per_prompt}"
             )
-        _at_least("num_steps", self.num_steps, 1)
+        at_least("num_steps", self.num_steps, 1)
         self.profile.check_within(self.num_steps)
-        _at_least("inner_epochs", self.inner_epochs, 1)
-        _at_least("micro_batch", self.micro_batch, 1)
+        at_least("inner_epochs", self.inner_epochs, 1)
+        at_least("micro_batch", self.micro_batch, 1)
         if self.minibatches < 1 or self.images_per_step % self.minibatches:
             raise ValueError(
                 f"minibatches: expected a divisor of the {self.images_per_step} images of a step, "
@@ -259,9 +140,9 @@ class TrainConfig:
                 f"weight_ema: expected None or a number in (0, 1), got {self.weight_ema}"
             )
         if self.max_slots is not None:
-            _at_least("max_slots", self.max_slots, 1)
+            at_least("max_slots", self.max_slots, 1)
         if self.kv_bytes is not None:
-            _at_least("kv_bytes", self.kv_bytes, 1)
+            at_least("kv_bytes", self.kv_bytes, 1)
         if not self.rewards:
             raise ValueError("rewards: expected at least one judge, got none")
         if self.rollout.temperature == 0:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from argrpo.config import DataConfig
+from argrpo.data_config import DataConfig
 from argrpo.engine.conditions import Conditions, TextFeatures
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo.config import DataConfig
 from argrpo.data import class_names, load_prompts
+from argrpo.data_config import DataConfig
 from argrpo.devices import DTYPES, choose_device
 from argrpo.engine.conditions import Conditions
 from argrpo.engine.rollout_engine import RolloutEngine

@@ -1,0 +1,32 @@
+"""Settings of the optimizer."""
+
+from dataclasses import dataclass, field
+
+from argrpo.schedules import LearningRateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW on fp32 masters."""
+
+    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+    """The rate of each step."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """How slowly the averages of the gradient and of its square forget; each in [0, 1)."""
+
+    weight_decay: float = 0.0
+    """Share of a weight, times the learning rate, that each optimizer step takes off."""
+
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        if not self.max_grad_norm > 0:
+            raise ValueError(
+                f"optimizer.max_grad_norm: expected a number above 0, got {self.max_grad_norm}"
+            )
+        if self.weight_decay < 0:
+            raise ValueError(
+                f"optimizer.weight_decay: expected at least 0, got {self.weight_decay}"
+            )
