@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from argrpo.models.llamagen import LlamaGen
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.loading import save_policy
 from argrpo.run_folder import RunFolder, point_to, write_atomically
 
@@ -49,7 +49,7 @@ class BestCheckpoint:
             return True
         return value > self._value if self._mode == "max" else value < self._value
 
-    def save(self, policy: LlamaGen, step: int, metrics: dict[str, float]) -> None:
+    def save(self, policy: ImagePolicy, step: int, metrics: dict[str, float]) -> None:
         """Keep the policy in place of the one before.
 
         Args:

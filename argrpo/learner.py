@@ -26,7 +26,7 @@ from argrpo.experience import Experience
 from argrpo.head_gradients import LearnedBatch, backward
 from argrpo.loss_batch import LossBatch
 from argrpo.loss_metrics import LossMetrics
-from argrpo.models.llamagen import LlamaGen
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.optimizer import MasterAdamW
 from argrpo.reference import Reference
 from argrpo.schedules import learning_rate
@@ -58,7 +58,9 @@ class _Update(NamedTuple):
 class Learner:
     """Holds what moves the policy: the objective, the reference, the optimizer."""
 
-    def __init__(self, policy: LlamaGen, config: TrainConfig, ranges: Ranges = no_ranges) -> None:
+    def __init__(
+        self, policy: ImagePolicy, config: TrainConfig, ranges: Ranges = no_ranges
+    ) -> None:
         """The reference is the policy as it is now; without a KL there is none.
 
         `ranges` is told of reference, forward, backward and optimizer.
@@ -273,7 +275,7 @@ class Learner:
         return rows.split(num_images // self._config.minibatches)
 
 
-def _end_sees_itself(policy: LlamaGen, config: TrainConfig) -> bool:
+def _end_sees_itself(policy: ImagePolicy, config: TrainConfig) -> bool:
     """Whether a padded last text position is scored as it was drawn."""
     if config.parity.first_token_mask and policy.config.text_padding != "right":
         raise ValueError(

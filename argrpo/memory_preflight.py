@@ -22,7 +22,7 @@ from argrpo.engine.conditions import Conditions, TextFeatures, num_images, selec
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.head_gradients import backward
 from argrpo.loss_batch import LossBatch, LossScale
-from argrpo.models.llamagen import LlamaGen
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.peak_memory import MemoryUse, memory_use
 from argrpo.token_scores import HeadInputs, TokensToScore, head_inputs
 
@@ -123,7 +123,7 @@ class MemoryForecast:
 
 
 def forecast_memory(
-    policy: LlamaGen, config: TrainConfig, conditions: Conditions
+    policy: ImagePolicy, config: TrainConfig, conditions: Conditions
 ) -> MemoryForecast:
     """Rehearse small passes and add up what stands beside them. Leaves no gradient.
 
@@ -167,7 +167,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _zero_tokens(
-    policy: LlamaGen, config: TrainConfig, conditions: Conditions
+    policy: ImagePolicy, config: TrainConfig, conditions: Conditions
 ) -> list[TokensToScore]:
     """One image, two of its prompt, and two of different prompts."""
     is_guided = config.objective.policy == "guided"
@@ -199,11 +199,11 @@ def _most_prompts(num_images: int, images_per_prompt: int) -> int:
     return (inside + num_images - 1) // images_per_prompt + 1
 
 
-def _forward_use(policy: LlamaGen, tokens: TokensToScore) -> MemoryUse:
+def _forward_use(policy: ImagePolicy, tokens: TokensToScore) -> MemoryUse:
     return memory_use(lambda: head_inputs(policy, tokens), tokens.token_ids.device)
 
 
-def _trunk_use(policy: LlamaGen, tokens: TokensToScore) -> MemoryUse:
+def _trunk_use(policy: ImagePolicy, tokens: TokensToScore) -> MemoryUse:
     """Without the gradients of the weights, which come to be as activations go."""
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -218,7 +218,7 @@ def _trunk_use(policy: LlamaGen, tokens: TokensToScore) -> MemoryUse:
         policy.zero_grad(set_to_none=True)
 
 
-def _head_use(policy: LlamaGen, config: TrainConfig, num_images: int) -> MemoryUse:
+def _head_use(policy: ImagePolicy, config: TrainConfig, num_images: int) -> MemoryUse:
     """The head on hidden states of zeros; both stand before, as they do behind a trunk."""
     weight, num_tokens = policy.head_weight, policy.shape.num_image_tokens
     shape = (num_images, num_tokens)
@@ -242,14 +242,14 @@ def _head_use(policy: LlamaGen, config: TrainConfig, num_images: int) -> MemoryU
     )
 
 
-def _all_kept(policy: LlamaGen, config: TrainConfig, num_rows: int) -> Tensor | None:
+def _all_kept(policy: ImagePolicy, config: TrainConfig, num_rows: int) -> Tensor | None:
     if not _has_support(config):
         return None
     shape = (num_rows, (policy.shape.vocab_size + 7) // 8)
     return torch.full(shape, 255, dtype=torch.uint8, device=policy.head_weight.device)
 
 
-def _rollout_bytes(policy: LlamaGen, config: TrainConfig) -> int:
+def _rollout_bytes(policy: ImagePolicy, config: TrainConfig) -> int:
     support = (policy.shape.vocab_size + 7) // 8 if _has_support(config) else 0
     return config.images_per_step * policy.shape.num_image_tokens * (_TOKEN_BYTES + support)
 
@@ -262,7 +262,7 @@ def _has_reference_beside(config: TrainConfig) -> bool:
     return config.objective.beta > 0 and config.reference.device == "policy"
 
 
-def _average_bytes(policy: LlamaGen, config: TrainConfig) -> int:
+def _average_bytes(policy: ImagePolicy, config: TrainConfig) -> int:
     if config.weight_ema is None:
         return 0
     return _FP32 * sum(parameter.numel() for parameter in policy.parameters())

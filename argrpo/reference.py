@@ -7,13 +7,13 @@ from contextlib import contextmanager
 import torch
 
 from argrpo.learner_config import ReferenceConfig
-from argrpo.models.llamagen import LlamaGen
+from argrpo.models.image_policy import ImagePolicy
 
 
 class Reference:
     """A frozen copy of the policy."""
 
-    def __init__(self, policy: LlamaGen, config: ReferenceConfig) -> None:
+    def __init__(self, policy: ImagePolicy, config: ReferenceConfig) -> None:
         """The policy as it is now, apart from it: a child module would be trained and saved too."""
         self._config = config
         self._device = policy.head_weight.device
@@ -28,7 +28,7 @@ class Reference:
                     parameter.data = parameter.data.pin_memory()
 
     @contextmanager
-    def on_device(self) -> Iterator[LlamaGen]:
+    def on_device(self) -> Iterator[ImagePolicy]:
         """The model where the policy is; weights kept on the CPU are there for this long."""
         parameters = list(self._model.parameters())
         homes = [parameter.data for parameter in parameters]
@@ -41,7 +41,7 @@ class Reference:
                 parameter.data = home
 
     @torch.no_grad()
-    def after_step(self, num_steps: int, policy: LlamaGen) -> None:
+    def after_step(self, num_steps: int, policy: ImagePolicy) -> None:
         """Become the policy if so many finished steps are a multiple of `sync_every`."""
         every = self._config.sync_every
         if every and num_steps % every == 0:

@@ -22,9 +22,9 @@ from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.image_files import save_grid, save_image
 from argrpo.model_paths import blamed_on, resolve_path
-from argrpo.models.llamagen import LlamaGen
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.loading import load_policy, load_tokenizer
-from argrpo.models.pairing import check_pair
+from argrpo.models.pairing import check_guidance, check_pair
 from argrpo.models.vq import VQTokenizer
 from argrpo.progress import Report, unreported
 from argrpo.run_folder import RunFolder, storage_error, write_atomically
@@ -186,7 +186,7 @@ def labels_of(names: list[str], source: str) -> list[int]:
     return [_label_of(name, known, source) for name in names]
 
 
-def _models(config: SampleConfig) -> tuple[LlamaGen, VQTokenizer]:
+def _models(config: SampleConfig) -> tuple[ImagePolicy, VQTokenizer]:
     device, dtype = choose_device(config.device), DTYPES[config.dtype]
     with blamed_on("policy"):
         policy = load_policy(
@@ -202,6 +202,7 @@ def _models(config: SampleConfig) -> tuple[LlamaGen, VQTokenizer]:
         tokenizer_path = resolve_path(config.tokenizer, config.cache_dir)
         tokenizer = load_tokenizer(tokenizer_path, device=device, dtype=dtype)
     check_pair(policy, tokenizer)
+    check_guidance(policy, "guidance_scale", config.guidance_scale)
     return policy, tokenizer
 
 

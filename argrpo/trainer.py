@@ -30,7 +30,7 @@ from argrpo.memory_preflight import MemoryForecast, available_bytes, forecast_me
 from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.attention_backends import check_attention
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
-from argrpo.models.pairing import check_pair
+from argrpo.models.pairing import check_guidance, check_label_dropout, check_pair
 from argrpo.rewards.scoring import Judges
 from argrpo.run_folder import RunFolder
 from argrpo.step_clock import StepClock
@@ -96,6 +96,8 @@ class Trainer:
                 dtype=DTYPES[config.tokenizer.dtype],
             )
         check_pair(self.policy, self._tokenizer)
+        check_guidance(self.policy, "rollout.guidance_scale", config.rollout.guidance_scale)
+        check_label_dropout(self.policy, config.parity.label_dropout)
         self._prompts = load_prompts(config.data)
         self.policy.check_conditions(self._prompts.conditions(self._prompts.prompts, repeats=1))
         self._judges = Judges(config, self._device, self.profile.ranges)
@@ -117,6 +119,7 @@ class Trainer:
         self._evaluation: Evaluation | None = None
         self._best: BestCheckpoint | None = None
         if settings.is_on:
+            check_guidance(self.policy, "eval.guidance_scales", *(settings.guidance_scales or []))
             self._evaluation = Evaluation(self.config, self._prompts, self._device)
             if settings.best_metric is not None:
                 self._best = BestCheckpoint(self._folder, settings.best_metric, settings.best_mode)

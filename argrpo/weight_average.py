@@ -9,11 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from argrpo.models.image_policy import ImagePolicy
+
 
 class WeightAverage:
     """The average beside a module. It starts as the weights are: no bias to correct."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module | ImagePolicy, decay: float) -> None:
         """Holds 4 bytes a weight.
 
         Args:

@@ -20,11 +20,11 @@ from kernel_cases import (
     Place,
 )
 from timing import Call, Work
-from torch import Tensor
 
 from argrpo.kernels.draw import Draw
 from argrpo.kernels.record_draw import (
     DrawLog,
+    FedEmbeddings,
     StepInputs,
     record_draw_,
     record_draw_reference_,
@@ -35,14 +35,14 @@ BRANCHES = 2
 LOGS = ("scores", "scores and kept set")
 
 
-Record: TypeAlias = Callable[[Draw, Tensor, StepInputs, DrawLog], None]
+Record: TypeAlias = Callable[[Draw, FedEmbeddings, StepInputs, DrawLog], None]
 
 
 class RecordInputs(NamedTuple):
     """A draw at position 0 of every image."""
 
     draw: Draw
-    embeddings: Tensor  # [V, D]
+    embeddings: FedEmbeddings
 
 
 class State(NamedTuple):
@@ -84,20 +84,21 @@ def _make(place: Place, rows: int, dim: int, has_all: bool) -> RecordInputs:
     token_ids, scores = place.integers(VOCAB_SIZE, rows), place.normal(3, rows, dtype=fp32)
     kept = place.integers(256, rows, -(-VOCAB_SIZE // 8)).to(torch.uint8)
     more = (scores[2], kept) if has_all else (None, None)
-    return RecordInputs(Draw(token_ids, scores[0], scores[1], *more), place.normal(VOCAB_SIZE, dim))
+    embeddings = FedEmbeddings(place.normal(VOCAB_SIZE, dim))
+    return RecordInputs(Draw(token_ids, scores[0], scores[1], *more), embeddings)
 
 
 def _state(inputs: RecordInputs) -> State:
     """Nothing is logged, all rows at position 0."""
-    embeddings, device = inputs.embeddings, inputs.embeddings.device
+    embeddings = inputs.embeddings.tokens
     rows = len(inputs.draw.token_ids)
     parts = (
         None if part is None else part.new_zeros(rows, NUM_TOKENS, *part.shape[1:])
         for part in inputs.draw
     )
-    positions = torch.zeros(rows, dtype=torch.int64, device=device)
+    positions = torch.zeros(rows, dtype=torch.int64, device=embeddings.device)
     x = embeddings.new_zeros(BRANCHES, rows, embeddings.shape[1])
-    entries = torch.full((BRANCHES, rows), -1, device=device)
+    entries = torch.full((BRANCHES, rows), -1, device=embeddings.device)
     return State(StepInputs(x, positions, entries), DrawLog(*parts))
 
 
@@ -124,12 +125,14 @@ def same_bits(result: Outputs, expected: Outputs) -> float:
     return 0.0 if is_same else float("inf")
 
 
-def _record_by_index(draw: Draw, embeddings: Tensor, inputs: StepInputs, log: DrawLog) -> None:
+def _record_by_index(
+    draw: Draw, embeddings: FedEmbeddings, inputs: StepInputs, log: DrawLog
+) -> None:
     """As eager PyTorch code does it, for rows that are not idle."""
-    rows = torch.arange(len(draw.token_ids), device=embeddings.device)
+    rows = torch.arange(len(draw.token_ids), device=embeddings.tokens.device)
     for kept, new in zip(log, draw, strict=True):
         if kept is not None and new is not None:
             kept[rows, inputs.positions] = new
-    inputs.x.copy_(embeddings[draw.token_ids])
+    inputs.x.copy_(embeddings.tokens[draw.token_ids])
     inputs.entries.copy_(inputs.positions)
     inputs.positions.add_(1)

@@ -20,14 +20,16 @@ class Attend(Protocol):
         ...
 
 
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
     """Rotary embedding of interleaved pairs, in fp32, returned in the dtype of x.
 
     Args:
         x: [N, S, ..., D].
         rotary: [S, D / 2, 2] fp32 cosines and sines of the S positions. A row of zeros makes the
-            rotated vector zero: that is how LlamaGen marks its prefix.
+            rotated vector zero: that is how LlamaGen marks its prefix. None leaves x as it is.
     """
+    if rotary is None:
+        return x
     table = torch.view_as_complex(rotary)
     table = table.view(len(table), *([1] * (x.dim() - 3)), table.shape[1])
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -38,7 +40,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 class CausalAttend:
     """Attention over the whole sequence at once: scoring, training."""
 
-    rotary: Tensor  # [S, D / 2, 2] fp32
+    rotary: Tensor | None  # [S, D / 2, 2] fp32
     allowed: Tensor | None = None  # [N, 1, S, S] bool; None: plain causal
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
@@ -94,8 +96,8 @@ class PrefixAttend:
 class PrefixKeyAttend:
     """Causal attention inside an ordinary prefix. Keeps the keys and values of each layer."""
 
-    def __init__(self, rotary: Tensor) -> None:
-        """`rotary`: [P, D / 2, 2] fp32 of the prefix positions."""
+    def __init__(self, rotary: Tensor | None) -> None:
+        """`rotary`: [P, D / 2, 2] fp32 of the prefix positions; None: none."""
         self._attend = CausalAttend(rotary)
         self._rotary = rotary
         self.keys: list[Tensor] = []  # of each layer [N, P, H, D], rotated

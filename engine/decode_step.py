@@ -7,10 +7,10 @@ from torch import Tensor
 
 from argrpo.engine.cache_plan import CachePlan
 from argrpo.engine.paged_cache import PagedAttend, PagedCache
-from argrpo.engine.policy import Policy
+from argrpo.engine.policy import Policy, rotary_rows
 from argrpo.kernels.draw import DrawKeys, DrawSettings
 from argrpo.kernels.guided_sampling import guided_sample
-from argrpo.kernels.record_draw import DrawLog, StepInputs, record_draw_
+from argrpo.kernels.record_draw import DrawLog, FedEmbeddings, StepInputs, record_draw_
 
 
 class StepVariant(NamedTuple):
@@ -41,7 +41,7 @@ class DecodeState:
             dtype=weight.dtype,
         )
         # Collapsed prefixes take no entries, so entry t belongs to image token t.
-        self.rotary = policy.rotary[shape.prefix_len - self.first_entry :]
+        self.rotary = rotary_rows(policy, slice(shape.prefix_len - self.first_entry, None))
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.image_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.scalars = torch.ones(4, device=device)
@@ -90,6 +90,11 @@ class DecodeState:
         )
 
 
+def fed_embeddings(policy: Policy) -> FedEmbeddings:
+    """What the tokens of a step become, read in place."""
+    return FedEmbeddings(policy.token_embedding.weight, policy.image_places)
+
+
 def decode_steps(policy: Policy, state: DecodeState, variant: StepVariant, num_steps: int) -> None:
     """Draw the next tokens of every slot that is not idle; both branches are fed the same token."""
     inputs, log = state.inputs(variant.num_branches), state.log(variant)
@@ -109,4 +114,4 @@ def decode_steps(policy: Policy, state: DecodeState, variant: StepVariant, num_s
             cond_logprobs=variant.wants_cond_logprobs,
             support=variant.wants_support,
         )
-        record_draw_(draw, policy.token_embedding.weight, inputs, log, state.first_entry)
+        record_draw_(draw, fed_embeddings(policy), inputs, log, state.first_entry)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from argrpo.engine.cache_plan import CachePlan
 from argrpo.engine.conditions import Conditions, select
-from argrpo.engine.decode_step import DecodeState, StepVariant, decode_steps
+from argrpo.engine.decode_step import DecodeState, StepVariant, decode_steps, fed_embeddings
 from argrpo.engine.device_queue import DeviceQueue, Step, plain_tensors
 from argrpo.engine.draw_request import DrawRequest
 from argrpo.engine.paged_cache import PagedCache
@@ -245,8 +245,7 @@ class PagedRunner:
         inputs = state.inputs(job.num_branches).rows(slots)
         inputs.positions.zero_()
         log = state.log(job.variant(job.num_branches)).rows(slots)
-        weight = self._policy.token_embedding.weight
-        record_draw_(first, weight, inputs, log, state.first_entry)
+        record_draw_(first, fed_embeddings(self._policy), inputs, log, state.first_entry)
 
     def _first_draw(self, state: DecodeState, job: _Job, images: slice) -> Draw:
         """Token 0 of some images, drawn in a full batch: its size decides how products round."""

@@ -34,12 +34,20 @@ class Policy(Protocol):
     def shape(self) -> PolicyShape: ...
 
     @property
-    def rotary(self) -> Tensor:
-        """[P + T, head_dim / 2, 2] fp32 cosines and sines."""
+    def rotary(self) -> Tensor | None:
+        """[P + T, head_dim / 2, 2] fp32 cosines and sines; None: no rotary embedding."""
         ...
 
     @property
     def token_embedding(self) -> nn.Embedding: ...
+
+    @property
+    def image_places(self) -> Tensor | None:
+        """[T - 1 or more, D] learned positions that are added to the embeddings of image tokens,
+        row t for token t, in the dtype of the weights and contiguous; None: none are.
+
+        Prefix positions are `embed_conditions`' own."""
+        ...
 
     @property
     def head_weight(self) -> Tensor:
@@ -63,3 +71,15 @@ class Policy(Protocol):
     def trunk(self, x: Tensor, attend: Attend) -> Tensor:
         """[N, S, D] embeddings -> [N, S, D] final-norm hidden states."""
         ...
+
+
+def embed_tokens(policy: Policy, token_ids: Tensor) -> Tensor:
+    """Image tokens 0 to S - 1 as they are fed: [N, S] int64 -> [N, S, D]. Differentiable."""
+    x: Tensor = policy.token_embedding(token_ids)
+    places = policy.image_places
+    return x if places is None else x + places[: x.shape[1]]
+
+
+def rotary_rows(policy: Policy, positions: slice | Tensor) -> Tensor | None:
+    """Some rows of the policy's rotary table, if it has one."""
+    return None if policy.rotary is None else policy.rotary[positions]

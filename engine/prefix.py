@@ -17,7 +17,7 @@ from torch import Tensor
 from argrpo.engine.attention import PrefixAttend, PrefixKeyAttend
 from argrpo.engine.cache_plan import ROW_TILE
 from argrpo.engine.conditions import Conditions, distinct, num_images, same_conditions, select
-from argrpo.engine.policy import Policy, Prefix
+from argrpo.engine.policy import Policy, Prefix, rotary_rows
 from argrpo.engine.weights import weights_version
 
 # Conditions per forward pass. A library product rounds a row differently when their number changes,
@@ -81,7 +81,8 @@ class PrefixMemory(Generic[Prefixes]):
 
 def has_zero_rotary_prefix(policy: Policy) -> bool:
     """Whether the collapse is exact for this model."""
-    return not bool(policy.rotary[: policy.shape.prefix_len].any())
+    prefix = rotary_rows(policy, slice(policy.shape.prefix_len))
+    return prefix is not None and not bool(prefix.any())
 
 
 @torch.no_grad()
@@ -152,11 +153,11 @@ def _collapse_batch(policy: Policy, prefix: Prefix, n: int) -> PrefixStates:
 def _key_batch(policy: Policy, prefix: Prefix, n: int) -> PrefixKeys:
     if not bool(prefix.mask.all()):
         raise ValueError(
-            "conditions: expected prompts without padding, since this policy's prefix has a "
-            "rotary embedding, got padded ones"
+            "conditions: expected prompts without padding, since keys of this policy's prefix are "
+            "not zero, got padded ones"
         )
     length = prefix.embeddings.shape[1]
-    attend = PrefixKeyAttend(policy.rotary[:length])
+    attend = PrefixKeyAttend(rotary_rows(policy, slice(length)))
     hidden = policy.trunk(prefix.embeddings, attend)[:, -1]
     keys, values = (torch.stack(side)[:, :n] for side in (attend.keys, attend.values))
     return PrefixKeys(keys, values, hidden[:n], torch.empty(0, dtype=torch.int64))

@@ -15,7 +15,7 @@ from argrpo.engine.conditions import select
 from argrpo.engine.device_queue import plain_tensors
 from argrpo.engine.draw_request import DrawRequest
 from argrpo.engine.kv_cache import WaveCache, rows_within, slot_bytes
-from argrpo.engine.policy import Policy
+from argrpo.engine.policy import Policy, rotary_rows
 from argrpo.engine.prefix import PrefixMemory, PrefixStates, collapse_prefixes
 from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout
@@ -144,10 +144,14 @@ class WaveRunner:
         policy, num_rows = self._policy, self._num_rows
         is_guided = position < wave.request.params.num_guided(policy.shape.num_image_tokens)
         x = policy.token_embedding(token_ids)[:, None]
+        if policy.image_places is not None:
+            x = x + policy.image_places[position - 1]
         if is_guided:
             x = torch.cat([x, x])
         at = policy.shape.prefix_len + position - 1
-        attend = wave.cache.attend(len(x), position, policy.rotary[at : at + 1])
+        rotary = rotary_rows(policy, slice(at, at + 1))
+        assert rotary is not None, "the prefix of a wave collapses, which takes a rotary table"
+        attend = wave.cache.attend(len(x), position, rotary)
         hidden = policy.trunk(x, attend)[:, 0]
         uncond = hidden[num_rows:] if is_guided else None
         return self._sample(wave, hidden[:num_rows], uncond, position)

@@ -1,7 +1,8 @@
 """What a decode step does with the tokens it drew, in one launch.
 
     log[row, position] = token, log-prob, entropy, conditional log-prob, kept set
-    x[branch, row]     = embedding of the token: both branches of guidance are fed the same
+    x[branch, row]     = embedding of the token, plus a learned one of its place where there is
+                         such a table: both branches of guidance are fed the same
     positions[row]    += 1,  entries[branch, row] = where the next keys go, -1 after the last
 
 All state stands on the device and moves there, so that a captured step can be replayed without the
@@ -24,6 +25,13 @@ from argrpo.kernels.draw import Draw
 
 _WARPS = 4
 _IDLE_ENTRY = -1
+
+
+class FedEmbeddings(NamedTuple):
+    """What a drawn token becomes when it is fed."""
+
+    tokens: Tensor  # [V, D], contiguous
+    places: Tensor | None = None  # [T - 1 or more, D], as `tokens`: row p is added at position p
 
 
 class DrawLog(NamedTuple):
@@ -63,13 +71,14 @@ class StepInputs(NamedTuple):
 
 
 def record_draw_(
-    draw: Draw, embeddings: Tensor, inputs: StepInputs, log: DrawLog, first_entry: int = 0
+    draw: Draw, embeddings: FedEmbeddings, inputs: StepInputs, log: DrawLog, first_entry: int = 0
 ) -> None:
     """Log a draw and make the inputs of the next step, in place.
 
     Args:
         draw: one token for each of S rows.
-        embeddings: [V, D], contiguous.
+        embeddings: of the tokens, and of their places where the model learned some. The sum is made
+            in fp32 and rounded once. A token that is not fed any more gets the last place.
         inputs: where the rows stand; moved on by one token. x in the dtype of the embeddings.
         log: receives the draw at `inputs.positions`; T is its width. Its optional parts are given
             exactly where those of `draw` are.
@@ -79,10 +88,10 @@ def record_draw_(
         ValueError: a shape, dtype or layout is not as above.
     """
     _check(draw, embeddings, inputs, log)
-    if not uses_triton(embeddings):
+    if not uses_triton(embeddings.tokens):
         record_draw_reference_(draw, embeddings, inputs, log, first_entry)
         return
-    width = embeddings.shape[1]
+    width = embeddings.tokens.shape[1]
     support = draw.token_ids if draw.support is None else draw.support
     log_support = log.token_ids if log.support is None else log.support
     _record_draw[(len(draw.token_ids),)](
@@ -91,7 +100,7 @@ def record_draw_(
         draw.entropies,
         draw.cond_logprobs,
         support,
-        embeddings,
+        *embeddings,
         *inputs,
         log.token_ids,
         log.logprobs,
@@ -100,6 +109,7 @@ def record_draw_(
         log_support,
         first_entry,
         log.token_ids.shape[1],
+        0 if embeddings.places is None else len(embeddings.places),
         inputs.x.stride(0),
         inputs.entries.stride(0),
         log.token_ids.stride(0),
@@ -114,7 +124,7 @@ def record_draw_(
 
 
 def record_draw_reference_(
-    draw: Draw, embeddings: Tensor, inputs: StepInputs, log: DrawLog, first_entry: int = 0
+    draw: Draw, embeddings: FedEmbeddings, inputs: StepInputs, log: DrawLog, first_entry: int = 0
 ) -> None:
     """The specification, in plain PyTorch."""
     num_tokens = log.token_ids.shape[1]
@@ -127,26 +137,37 @@ def record_draw_reference_(
         value = new[:, None]
         mask = busy if new.dim() == 1 else busy[..., None]
         kept.scatter_(1, index, torch.where(mask, value, kept.gather(1, index)))
-    inputs.x.copy_(embeddings[draw.token_ids])
+    x, places = embeddings.tokens[draw.token_ids], embeddings.places
+    if places is not None:
+        x = x + places[inputs.positions.clamp(max=len(places) - 1)]
+    inputs.x.copy_(x)
     following = inputs.positions + 1
     entries = torch.where(following < num_tokens, inputs.positions + first_entry, _IDLE_ENTRY)
     inputs.entries.copy_(entries)
     inputs.positions.copy_(following)
 
 
-def _check(draw: Draw, embeddings: Tensor, inputs: StepInputs, log: DrawLog) -> None:
-    expect("embeddings", embeddings, (None, None), FLOATS)
-    num_rows, width = len(draw.token_ids), embeddings.shape[1]
+def _check(draw: Draw, embeddings: FedEmbeddings, inputs: StepInputs, log: DrawLog) -> None:
+    tokens, places = embeddings
+    expect("embeddings.tokens", tokens, (None, None), FLOATS)
+    num_rows, width = len(draw.token_ids), tokens.shape[1]
     integers = (torch.int64,)
     expect("draw.token_ids", draw.token_ids, (num_rows,), integers)
     expect("inputs.positions", inputs.positions, (num_rows,), integers)
     branches = len(inputs.x)
-    expect("inputs.x", inputs.x, (branches, num_rows, width), (embeddings.dtype,), contiguous=False)
+    expect("inputs.x", inputs.x, (branches, num_rows, width), (tokens.dtype,), contiguous=False)
     expect("inputs.entries", inputs.entries, (branches, num_rows), integers, contiguous=False)
     if inputs.x.stride()[1:] != (width, 1) or inputs.entries.stride(1) != 1:
         raise ValueError("inputs: expected the rows of a branch without gaps between them")
     expect("log.token_ids", log.token_ids, (num_rows, None), integers)
     shape = tuple(log.token_ids.shape)
+    if places is not None:
+        expect("embeddings.places", places, (None, width), (tokens.dtype,))
+        if len(places) < max(shape[1] - 1, 1):
+            raise ValueError(
+                f"embeddings.places: expected at least {max(shape[1] - 1, 1)} rows, one a token "
+                f"that is fed, got {len(places)}"
+            )
     wanted = {
         "logprobs": (shape, torch.float32),
         "entropies": (shape, torch.float32),
@@ -170,9 +191,9 @@ def _check(draw: Draw, embeddings: Tensor, inputs: StepInputs, log: DrawLog) -> 
 ])  # fmt: skip
 def _record_draw(
     token_ids_ptr, logprobs_ptr, entropies_ptr, cond_logprobs_ptr, support_ptr, embeddings_ptr,
-    x_ptr, positions_ptr, entries_ptr,
+    places_ptr, x_ptr, positions_ptr, entries_ptr,
     log_token_ids_ptr, log_logprobs_ptr, log_entropies_ptr, log_cond_logprobs_ptr, log_support_ptr,
-    first_entry, num_tokens, x_branch_stride, entry_branch_stride, log_row_stride,
+    first_entry, num_tokens, num_places, x_branch_stride, entry_branch_stride, log_row_stride,
     support_row_stride,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BRANCHES: tl.constexpr,
     SUPPORT_BYTES: tl.constexpr, SUPPORT_BLOCK: tl.constexpr,
@@ -198,6 +219,11 @@ def _record_draw(
     dims = tl.arange(0, BLOCK)
     fits = dims < WIDTH
     embedding = tl.load(embeddings_ptr + token * WIDTH + dims, mask=fits, other=0.0)
+    if places_ptr is not None:
+        place_at = tl.minimum(position, num_places - 1) * WIDTH + dims
+        place = tl.load(places_ptr + place_at, mask=fits, other=0.0)
+        total = embedding.to(tl.float32) + place.to(tl.float32)
+        embedding = total.to(embedding.dtype)
     entry = tl.where(position + 1 < num_tokens, position + first_entry, -1)
     for branch in tl.static_range(BRANCHES):
         x_at = x_ptr + branch * x_branch_stride.to(tl.int64) + row * WIDTH

@@ -16,12 +16,14 @@ import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from argrpo.models.inert_globals import LIGHTNING, stand_in
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -73,8 +75,12 @@ class Checkpoint(NamedTuple):
     training_image_size: object = None  # of the command line in a training file: a hint, no fact
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, inert: tuple[str, ...] = ()) -> Checkpoint:
     """Read a checkpoint in any of the formats above.
+
+    Args:
+        path: a file or a folder.
+        inert: packages whose classes a torch file may name: empty stand-ins take their place.
 
     Raises:
         FileNotFoundError: nothing stands at the path, or a file of a folder is missing.
@@ -88,7 +94,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(_ZIP_MAGIC) or head.startswith(_LEGACY_TORCH_MAGIC):
-        return _read_torch(path, can_map=head.startswith(_ZIP_MAGIC))
+        return _read_torch(path, inert, can_map=head.startswith(_ZIP_MAGIC))
     if _is_safetensors(head):
         return Checkpoint(path, _without_prefixes(path, _read_safetensors(path)), None)
     if head.startswith(_GIT_LFS_MAGIC):
@@ -196,24 +202,46 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise _damaged(path, "a whole safetensors file", error) from error
 
 
-def _read_torch(path: Path, *, can_map: bool) -> Checkpoint:
-    try:
-        with torch.serialization.safe_globals(list(_ALLOWED_GLOBALS)):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
-    except _DAMAGE as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is not None:
-            raise ValueError(_code_refused(path, refused[1].rstrip("."))) from error
-        raise _damaged(path, "a whole torch checkpoint", error) from error
+def _read_torch(path: Path, inert: tuple[str, ...], *, can_map: bool) -> Checkpoint:
+    content = _load_torch(path, inert, can_map=can_map)
     weights = _unwrapped(path, content)
     image_size = getattr(content.get("args"), "image_size", None)
     return Checkpoint(path, _without_prefixes(path, weights), None, image_size)
 
 
+def _load_torch(path: Path, inert: tuple[str, ...], *, can_map: bool) -> Any:
+    """What a torch file holds, by PyTorch's reader that calls nothing but what is allowed."""
+    stand_ins: dict[str, type] = {}
+    while True:
+        allowed: list[Any] = [
+            *_ALLOWED_GLOBALS,
+            *((kind, name) for name, kind in stand_ins.items()),
+        ]
+        try:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+        except _DAMAGE as error:
+            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if refused is None:
+                raise _damaged(path, "a whole torch checkpoint", error) from error
+            # The reader names one class at a time.
+            name = refused[1].rstrip(".")
+            kind = stand_in(name, inert)
+            if kind is None or name in stand_ins:
+                raise ValueError(_code_refused(path, name)) from error
+            stand_ins[name] = kind
+
+
 def _code_refused(path: Path, name: str) -> str:
+    is_lightning = name.partition(".")[0] in LIGHTNING
+    remedy = (
+        "if taming-transformers wrote it, argrpo convert taming reads it"
+        if is_lightning
+        else _SAFER
+    )
     return (
         f"{path}: expected weights and plain values, got the pickled global {name}, which could "
-        f"run code; {_SAFER}"
+        f"run code; {remedy}"
     )
 
 

@@ -1,4 +1,5 @@
-"""How LlamaGen turns labels and text features into the first positions of a sequence.
+"""How LlamaGen turns labels and text features into the first positions of a sequence; what labels
+of any policy must be.
 
 Parameter names are those of the published checkpoints.
 
@@ -22,18 +23,7 @@ class LabelEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def check(self, conditions: Conditions) -> None:
-        if isinstance(conditions, TextFeatures):
-            raise ValueError("conditions: expected class labels [N] int64, got TextFeatures")
-        if conditions.dim() != 1 or conditions.dtype != torch.int64:
-            raise ValueError(
-                f"labels: expected int64 of shape [N], got {conditions.dtype} "
-                f"{list(conditions.shape)}"
-            )
-        outside = (conditions < 0) | (conditions >= self.num_classes)
-        if bool(outside.any()):
-            raise ValueError(
-                f"labels: expected 0 to {self.num_classes - 1}, got {int(conditions[outside][0])}"
-            )
+        check_labels(conditions, self.num_classes)
 
     def embed(self, conditions: Conditions) -> Prefix:
         assert not isinstance(conditions, TextFeatures)
@@ -44,6 +34,25 @@ class LabelEmbedding(nn.Module):
     def null(self, conditions: Conditions) -> Conditions:
         assert not isinstance(conditions, TextFeatures)
         return torch.full_like(conditions, self.num_classes)
+
+
+def check_labels(conditions: Conditions, num_classes: int) -> None:
+    """Whether conditions are labels of so many classes.
+
+    Raises:
+        ValueError: texts, or a dtype, shape or range of no labels, by name.
+    """
+    if isinstance(conditions, TextFeatures):
+        raise ValueError("conditions: expected class labels [N] int64, got TextFeatures")
+    if conditions.dim() != 1 or conditions.dtype != torch.int64:
+        raise ValueError(
+            f"labels: expected int64 of shape [N], got {conditions.dtype} {list(conditions.shape)}"
+        )
+    outside = (conditions < 0) | (conditions >= num_classes)
+    if bool(outside.any()):
+        raise ValueError(
+            f"labels: expected 0 to {num_classes - 1}, got {int(conditions[outside][0])}"
+        )
 
 
 class CaptionEmbedding(nn.Module):

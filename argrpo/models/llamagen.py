@@ -24,6 +24,8 @@ from argrpo.kernels.rmsnorm import rmsnorm, rmsnorm_residual
 from argrpo.kernels.swiglu import swiglu
 from argrpo.models.attention_backends import AttentionName
 from argrpo.models.conditioning import CaptionEmbedding, LabelEmbedding
+from argrpo.models.hub import HubPolicy
+from argrpo.models.rotary import grid_rotary_table
 from argrpo.models.scoring import drawn_logits, drawn_logprobs
 from argrpo.models.training_attention import whole_image_hidden
 
@@ -85,8 +87,11 @@ class LlamaGenConfig:
         return self.grid_size**2
 
 
-class LlamaGen(nn.Module):
+class LlamaGen(HubPolicy, nn.Module):
     """A LlamaGen policy. See `argrpo.load_policy` for weights from disk."""
+
+    has_null_condition = True
+    image_places = None  # positions are in the rotary table
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
@@ -94,7 +99,7 @@ class LlamaGen(nn.Module):
         self.checkpoints_layers = False
         self.attention: AttentionName = "sdpa"
         self.end_sees_itself = True  # when scoring, see `whole_image_hidden`
-        self._rotary = rotary_table(config)
+        self._rotary = self._rotary_table()
         self.cls_embedding = (
             LabelEmbedding(config.num_classes, config.dim)
             if config.model_type == "c2i"
@@ -131,8 +136,12 @@ class LlamaGen(nn.Module):
         that was built on the meta device would have none.
         """
         if self._rotary.device != self.head_weight.device:
-            self._rotary = rotary_table(self.config).to(self.head_weight.device)
+            self._rotary = self._rotary_table().to(self.head_weight.device)
         return self._rotary
+
+    def _rotary_table(self) -> Tensor:
+        c = self.config
+        return grid_rotary_table(c.grid_size, c.head_dim, prefix_len=c.prefix_len, base=c.rope_base)
 
     def check_conditions(self, conditions: Conditions) -> None:
         """ValueError by name if the conditions do not fit this model."""
@@ -225,6 +234,14 @@ class LlamaGen(nn.Module):
         """
         return drawn_logprobs(self, conditions, token_ids, params, support)
 
+    @staticmethod
+    def published_names(key: str) -> tuple[str, ...]:
+        """The published parameters that are the row blocks of one of ours, in order."""
+        stem = key.removesuffix("feed_forward.w13")
+        if stem == key:
+            return (key,)
+        return (f"{stem}feed_forward.w1.weight", f"{stem}feed_forward.w3.weight")
+
 
 class _RMSNorm(nn.Module):
     def __init__(self, config: LlamaGenConfig) -> None:
@@ -276,23 +293,6 @@ class _Layer(nn.Module):
         qkv = self.attention.wqkv(normed).unflatten(-1, (3, self.attention.num_heads, -1))
         stream, normed = self.ffn_norm.added(stream, self.attention.wo(attend(self.index, qkv)))
         return next_norm.added(stream, self.feed_forward(normed))
-
-
-def rotary_table(config: LlamaGenConfig) -> Tensor:
-    """[P + T, head_dim / 2, 2] fp32 cosines and sines: zeros for the prefix, then the grid.
-
-    The first half of a head's pairs turns with the row, the second half with the column.
-    """
-    num_frequencies = config.head_dim // 4
-    # On the CPU whatever the default device is, so that every device has the same bits.
-    exponents = torch.arange(num_frequencies, dtype=torch.float32, device="cpu") / num_frequencies
-    places = torch.arange(config.grid_size, dtype=torch.float32, device="cpu")
-    angles = torch.outer(places, 1.0 / config.rope_base**exponents)
-    rows = angles[:, None, :].expand(-1, config.grid_size, -1)
-    columns = angles[None, :, :].expand(config.grid_size, -1, -1)
-    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)
-    table = torch.stack([grid.cos(), grid.sin()], dim=-1)
-    return torch.cat([table.new_zeros(config.prefix_len, *table.shape[1:]), table])
 
 
 def _init_weights(module: nn.Module) -> None:

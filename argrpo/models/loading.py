@@ -1,28 +1,48 @@
 """Policies and tokenizers from disk and back.
 
 Reads LlamaGen's `.pt` files in every wrapping, its hub folders, AR-GRPO's Hugging Face folders, and
-our own: config.json and model.safetensors under the published names, `w1` and `w3` apart. Sizes
-come from the shapes of the weights; what shapes cannot say comes from config.json or the caller.
+our own: config.json and model.safetensors under the published names, packed weights apart. What
+taming-transformers published is converted to such folders first. Sizes of LlamaGen's models come
+from the shapes of their weights; what shapes cannot say comes from config.json or the caller.
 Nothing is guessed: an unknown or missing key, another shape or a contradiction is refused by name.
 
 Source: the formats of FoundationVision/LlamaGen at ce98ec4 and Kwai-Klear/AR-GRPO at 65947ad.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from argrpo.models import vq
-from argrpo.models.checkpoint_files import Checkpoint, first_keys, read_checkpoint, write_folder
+from argrpo.models.checkpoint_files import (
+    CONFIG_FILE,
+    Checkpoint,
+    first_keys,
+    read_checkpoint,
+    write_folder,
+)
+from argrpo.models.filling import fill
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.llamagen import LlamaGen
-from argrpo.models.policy_config import ARGRPO_MODEL_TYPE, POLICY_FORMAT, policy_config
+from argrpo.models.policy_config import (
+    ARGRPO_MODEL_TYPE,
+    FAMILY_OF_CONFIG,
+    POLICY_FORMAT,
+    Sizes,
+    is_taming,
+    policy_config,
+    taming_config,
+)
+from argrpo.models.taming import Taming
 from argrpo.models.vq import VQTokenizer
+from argrpo.models.vq_shapes import infer_config
 
-_TOKENIZER_FORMAT = "argrpo-tokenizer"
+TOKENIZER_FORMAT = "argrpo-tokenizer"
+"""The `format` in config.json of the tokenizer folders that argrpo writes."""
 
 # Keys of published policies that carry no weights: the rotary table, which is computed here, and
 # caches that a sampler left behind.
@@ -44,8 +64,8 @@ def load_policy(
     text_padding: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> LlamaGen:
-    """Read a LlamaGen policy.
+) -> ImagePolicy:
+    """Read a policy: a `LlamaGen`, or a `Taming` that was converted.
 
     Args:
         path: a `.pt` or `.safetensors` file, or a folder of LlamaGen's hub, AR-GRPO or argrpo.
@@ -71,16 +91,29 @@ def load_policy(
     checkpoint = _part(read_checkpoint(path), "gpt_model.")
     if "quantize.embedding.weight" in checkpoint.weights:
         raise ValueError(f"{path}: expected a policy, got a tokenizer; use load_tokenizer")
-    config = policy_config(
-        checkpoint, image_size=image_size, num_heads=num_heads, downsample=downsample
-    )
-    if text_padding is not None:
-        config = replace(config, text_padding=text_padding)
-    with torch.device("meta"):
-        policy = LlamaGen(config)
+    sizes: Sizes = {"image_size": image_size, "num_heads": num_heads, "downsample": downsample}
+    policy = _blank_policy(checkpoint, sizes, text_padding)
     checkpoint = _without(checkpoint, _POLICY_EXTRAS)
-    _fill(policy, checkpoint, torch.device(device), dtype)
+    fill(policy, checkpoint, torch.device(device), dtype, policy.published_names)
     return policy
+
+
+def _blank_policy(
+    checkpoint: Checkpoint, sizes: Sizes, text_padding: str | None
+) -> LlamaGen | Taming:
+    """The policy of a checkpoint without its weights."""
+    with torch.device("meta"):
+        if is_taming(checkpoint):
+            if text_padding not in (None, "left"):
+                raise ValueError(
+                    f"text_padding: expected None for a taming policy, which reads no texts, got "
+                    f"{text_padding}"
+                )
+            return Taming(taming_config(checkpoint, sizes))
+        config = policy_config(checkpoint, sizes)
+        if text_padding is not None:
+            config = replace(config, text_padding=text_padding)
+        return LlamaGen(config)
 
 
 def load_tokenizer(
@@ -110,27 +143,40 @@ def load_tokenizer(
     if "tok_embeddings.weight" in checkpoint.weights:
         raise ValueError(f"{path}: expected a tokenizer, got a policy; use load_policy")
     try:
-        config = vq.infer_config(checkpoint.weights)
+        config = infer_config(checkpoint.weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    config = replace(config, unit_codes=_has_unit_codes(checkpoint))
     with torch.device("meta"):
         tokenizer = VQTokenizer(config)
-    _fill(tokenizer, checkpoint, torch.device(device), dtype)
+    fill(tokenizer, checkpoint, torch.device(device), dtype, lambda key: (key,))
     return tokenizer
 
 
-def save_policy(policy: LlamaGen, folder: str | Path) -> None:
+def save_policy(policy: ImagePolicy, folder: str | Path) -> None:
     """Write a policy to a new or empty folder, whole or not at all, in the dtype it has.
 
     Raises:
         ValueError: the folder holds something.
         OSError: it cannot be written; nothing is left behind.
     """
+    write_folder(folder, published_weights(policy), policy_record(policy))
+
+
+def published_weights(policy: ImagePolicy) -> dict[str, Tensor]:
+    """A policy's weights under the published names; views of its own."""
     weights: dict[str, Tensor] = {}
     for key, weight in policy.state_dict().items():
-        names = _published_names(key)
+        names = policy.published_names(key)
         weights.update(zip(names, weight.chunk(len(names)), strict=True))
-    write_folder(folder, weights, {"format": POLICY_FORMAT, "config": asdict(policy.config)})
+    return weights
+
+
+def policy_record(policy: ImagePolicy) -> dict[str, object]:
+    """The config.json of a policy's folder."""
+    config: Any = policy.config
+    family = FAMILY_OF_CONFIG[type(config)]
+    return {"format": POLICY_FORMAT, "family": family, "config": asdict(config)}
 
 
 def save_tokenizer(tokenizer: VQTokenizer, folder: str | Path) -> None:
@@ -140,8 +186,23 @@ def save_tokenizer(tokenizer: VQTokenizer, folder: str | Path) -> None:
         ValueError: the folder holds something.
         OSError: it cannot be written; nothing is left behind.
     """
-    config = {"format": _TOKENIZER_FORMAT, "config": asdict(tokenizer.config)}
+    config = {"format": TOKENIZER_FORMAT, "config": asdict(tokenizer.config)}
     write_folder(folder, tokenizer.state_dict(), config)
+
+
+def _has_unit_codes(checkpoint: Checkpoint) -> bool:
+    """What no shape tells of a tokenizer: published ones and older folders of ours have them."""
+    config = checkpoint.config
+    if config is None or config.get("format") != TOKENIZER_FORMAT:
+        return True
+    stated = config.get("config")
+    value = stated.get("unit_codes", True) if isinstance(stated, dict) else stated
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"{checkpoint.path / CONFIG_FILE}: config.unit_codes: expected true or false, got "
+            f"{value!r}"
+        )
+    return value
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -171,49 +232,3 @@ def _part(checkpoint: Checkpoint, part: str) -> Checkpoint:
 def _without(checkpoint: Checkpoint, extras: re.Pattern[str]) -> Checkpoint:
     kept = {k: weight for k, weight in checkpoint.weights.items() if not extras.fullmatch(k)}
     return checkpoint._replace(weights=kept)
-
-
-def _published_names(key: str) -> tuple[str, ...]:
-    """The published parameters that are the row blocks of one of ours, in order."""
-    stem = key.removesuffix("feed_forward.w13")
-    if stem == key:
-        return (key,)
-    return (f"{stem}feed_forward.w1.weight", f"{stem}feed_forward.w3.weight")
-
-
-def _fill(
-    module: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Give a module of the meta device its weights, and forget the checkpoint's one by one.
-
-    So a model is never held twice: most files are mapped, and the weights of one that could not be
-    are let go as they are copied.
-    """
-    path, weights = checkpoint.path, checkpoint.weights
-    blank = module.state_dict()
-    _check_keys(path, weights, [name for key in blank for name in _published_names(key)])
-    filled: dict[str, Tensor] = {}
-    for key, parameter in blank.items():
-        names = _published_names(key)
-        weight = torch.empty(parameter.shape, device=device, dtype=dtype)
-        for name, rows in zip(names, weight.chunk(len(names)), strict=True):
-            _copy(path, name, weights.pop(name), rows)
-        filled[key] = weight
-    module.load_state_dict(filled, strict=True, assign=True)
-
-
-def _check_keys(path: Path, found: Mapping[str, Tensor], expected: list[str]) -> None:
-    unknown = found.keys() - set(expected)
-    missing = set(expected) - found.keys()
-    if unknown:
-        raise ValueError(f"{path}: expected known keys only, got {first_keys(unknown)}")
-    if missing:
-        raise ValueError(f"{path}: expected {first_keys(missing)}, got no such key")
-
-
-def _copy(path: Path, name: str, source: Tensor, target: Tensor) -> None:
-    if source.shape != target.shape:
-        raise ValueError(f"{path}: {name}: expected {list(target.shape)}, got {list(source.shape)}")
-    if not source.is_floating_point():
-        raise ValueError(f"{path}: {name}: expected floating point, got {source.dtype}")
-    target.copy_(source)

@@ -1,10 +1,10 @@
-"""Whether a policy and a tokenizer belong together."""
+"""Whether a policy, a tokenizer and the way images are drawn belong together."""
 
-from argrpo.models.llamagen import LlamaGen
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.vq import VQTokenizer
 
 
-def check_pair(policy: LlamaGen, tokenizer: VQTokenizer) -> None:
+def check_pair(policy: ImagePolicy, tokenizer: VQTokenizer) -> None:
     """Refuse a policy and a tokenizer that speak of other codes or other pixels.
 
     Raises:
@@ -20,4 +20,36 @@ def check_pair(policy: LlamaGen, tokenizer: VQTokenizer) -> None:
         raise ValueError(
             f"policy.downsample: expected {tokenizer.downsample}, as the tokenizer has, "
             f"got {policy.config.downsample}"
+        )
+
+
+def check_label_dropout(policy: ImagePolicy, share: float) -> None:
+    """Refuse to drop classes of a policy that knows no null condition to take their place.
+
+    Raises:
+        ValueError: a share above 0 without one.
+    """
+    if share and not policy.has_null_condition:
+        raise ValueError(
+            "parity.label_dropout: expected 0, because this policy was trained without a null "
+            f"condition, got {share:g}"
+        )
+
+
+def check_guidance(policy: ImagePolicy, setting: str, *scales: float) -> None:
+    """Refuse guidance of a policy that knows no null condition.
+
+    Args:
+        policy: the model.
+        setting: the name of the setting that holds the guidance, for the message.
+        scales: what images are to be drawn with.
+
+    Raises:
+        ValueError: guidance, and nothing to be guided by.
+    """
+    guided = [scale for scale in scales if scale != 1]
+    if guided and not policy.has_null_condition:
+        raise ValueError(
+            f"{setting}: expected 1, because this policy was trained without a null condition to "
+            f"be guided by, got {guided[0]:g}"
         )

@@ -9,16 +9,23 @@ from collections.abc import Mapping
 from dataclasses import fields
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from argrpo.models.checkpoint_files import CONFIG_FILE, Checkpoint, first_keys
 from argrpo.models.llamagen import LlamaGenConfig
+from argrpo.models.taming import TamingConfig
 
 POLICY_FORMAT = "argrpo-policy"
 """The `format` in config.json of the folders that argrpo writes."""
 
 ARGRPO_MODEL_TYPE = "ImgGen_HF"
 """The `model_type` in config.json of AR-GRPO's folders, which hold policy and tokenizer."""
+
+FAMILY_OF_CONFIG: dict[type, str] = {LlamaGenConfig: "llamagen", TamingConfig: "taming"}
+"""The `family` in config.json of our folders; older ones, without it, hold LlamaGen policies."""
+
+Sizes: TypeAlias = Mapping[str, int | None]
+"""What a caller says of a policy: image_size, num_heads and downsample, each a number or None."""
 
 _HEADS_BY_WIDTH = {
     768: 12,
@@ -52,39 +59,88 @@ _HUB_NAMES = {
 }
 
 
-def policy_config(
-    checkpoint: Checkpoint, *, image_size: int | None, num_heads: int | None, downsample: int
-) -> LlamaGenConfig:
-    """The config of a policy whose weights carry the published names.
+def is_taming(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is our folder of a taming policy.
+
+    Raises:
+        ValueError: a folder of ours of a family that this version does not know, or a checkpoint
+            of taming-transformers that was not converted.
+    """
+    if any(key.startswith("transformer.blocks.") for key in checkpoint.weights):
+        raise ValueError(
+            f"{checkpoint.path}: expected a policy, got a checkpoint of taming-transformers; "
+            "convert it once: argrpo convert taming CKPT YAML OUT"
+        )
+    config = checkpoint.config
+    if config is None or config.get("format") != POLICY_FORMAT:
+        return False
+    family = config.get("family", "llamagen")
+    if family not in FAMILY_OF_CONFIG.values():
+        raise ValueError(
+            f"{checkpoint.path / CONFIG_FILE}: family: expected one of "
+            f"{', '.join(FAMILY_OF_CONFIG.values())}, got {family!r}"
+        )
+    return family == "taming"
+
+
+def taming_config(checkpoint: Checkpoint, sizes: Sizes) -> TamingConfig:
+    """The config of our folder of a taming policy.
+
+    Raises:
+        ValueError: a field is missing or of another type, or the caller says otherwise.
+    """
+    assert checkpoint.config is not None, "is_taming"
+    file = checkpoint.path / CONFIG_FILE
+    stated = _checked(file, _object(file, checkpoint.config, "config"), TamingConfig)
+    missing = {field.name for field in fields(TamingConfig)} - stated.keys()
+    if missing:
+        raise ValueError(f"{file}: expected {first_keys(missing)} in config, got no such key")
+    _check_given(checkpoint, _given(sizes, stated), stated)
+    return TamingConfig(**stated)
+
+
+def policy_config(checkpoint: Checkpoint, sizes: Sizes) -> LlamaGenConfig:
+    """The config of a LlamaGen policy whose weights carry the published names.
 
     Raises:
         ValueError: a size is neither in the file nor given, or two sources contradict each other.
     """
     shaped = _sizes_from_shapes(checkpoint)
-    stated = _sizes_from_config(checkpoint, downsample)
-    given = {"image_size": image_size, "num_heads": num_heads, "downsample": downsample}
-    if downsample == _DEFAULT_DOWNSAMPLE and "downsample" in stated:
-        given["downsample"] = None
-    given = {name: value for name, value in given.items() if value is not None}
+    stated = _sizes_from_config(checkpoint, sizes["downsample"] or _DEFAULT_DOWNSAMPLE)
+    given = _given(sizes, stated)
     for name in sorted(shaped.keys() & stated.keys()):
         if shaped[name] != stated[name]:
             raise ValueError(
                 f"{checkpoint.path}: {name}: expected {shaped[name]}, as the weights have it, "
                 f"got {stated[name]} in {CONFIG_FILE}"
             )
+    _check_given(checkpoint, given, stated)
+    known = {**shaped, **stated, **given}
+    if "num_heads" not in known:
+        known["num_heads"] = _published_heads(known["dim"])
+    if "image_size" not in known:
+        raise ValueError(_image_size_is_missing(checkpoint))
+    config = LlamaGenConfig(**known)
+    _check_rotary(checkpoint, config)
+    return config
+
+
+def _given(sizes: Sizes, stated: Mapping[str, Any]) -> dict[str, int]:
+    """What the caller says; the default pixels of a token say nothing where the file does."""
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if given.get("downsample") == _DEFAULT_DOWNSAMPLE and "downsample" in stated:
+        del given["downsample"]
+    return given
+
+
+def _check_given(
+    checkpoint: Checkpoint, given: Mapping[str, int], stated: Mapping[str, Any]
+) -> None:
     for name in sorted(given.keys() & stated.keys()):
         if given[name] != stated[name]:
             raise ValueError(
                 f"{name}: expected {stated[name]}, as {checkpoint.path} says, got {given[name]}"
             )
-    sizes = {**shaped, **stated, **given}
-    if "num_heads" not in sizes:
-        sizes["num_heads"] = _published_heads(sizes["dim"])
-    if "image_size" not in sizes:
-        raise ValueError(_image_size_is_missing(checkpoint))
-    config = LlamaGenConfig(**sizes)
-    _check_rotary(checkpoint, config)
-    return config
 
 
 def _sizes_from_shapes(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -126,9 +182,9 @@ def _sizes_from_config(checkpoint: Checkpoint, downsample: int) -> dict[str, Any
         return {}
     file = checkpoint.path / CONFIG_FILE
     if config.get("format") == POLICY_FORMAT:
-        return _checked(file, _object(file, config, "config"))
+        return _checked(file, _object(file, config, "config"), LlamaGenConfig)
     if config.get("model_type") == ARGRPO_MODEL_TYPE:
-        return _checked(file, _renamed(config, _ARGRPO_NAMES))
+        return _checked(file, _renamed(config, _ARGRPO_NAMES), LlamaGenConfig)
     if "n_layer" in config and "block_size" in config:
         return _hub_sizes(file, config, downsample)
     raise ValueError(
@@ -142,7 +198,7 @@ def _hub_sizes(file: Path, config: dict[str, object], downsample: int) -> dict[s
     num_tokens = config["block_size"]
     if not isinstance(num_tokens, int) or num_tokens < 1 or isqrt(num_tokens) ** 2 != num_tokens:
         raise ValueError(f"{file}: block_size: expected a square number, got {num_tokens!r}")
-    sizes = _checked(file, _renamed(config, _HUB_NAMES))
+    sizes = _checked(file, _renamed(config, _HUB_NAMES), LlamaGenConfig)
     # The hub knows the number of tokens alone; how many pixels a token has is the tokenizer's.
     return {**sizes, "image_size": isqrt(num_tokens) * downsample}
 
@@ -158,14 +214,16 @@ def _object(file: Path, config: dict[str, object], key: str) -> dict[str, object
     return value
 
 
-def _checked(file: Path, sizes: Mapping[str, object]) -> dict[str, Any]:
-    """The sizes, each a field of `LlamaGenConfig` with its type."""
-    types = {field.name: field.type for field in fields(LlamaGenConfig)}
+def _checked(
+    file: Path, sizes: Mapping[str, object], kind: type[LlamaGenConfig] | type[TamingConfig]
+) -> dict[str, Any]:
+    """The sizes, each a field of a config with its type."""
+    types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
     for name, value in sizes.items():
         if name not in types:
             raise ValueError(f"{file}: expected fields of a policy's config, got {name!r}")
         wanted = (int, float) if types[name] is float else types[name]
-        if isinstance(value, bool) or not isinstance(value, wanted):  # type: ignore[arg-type]
+        if isinstance(value, bool) or not isinstance(value, wanted):
             kind = getattr(types[name], "__name__", types[name])
             raise ValueError(f"{file}: {name}: expected {kind}, got {value!r}")
     return dict(sizes)

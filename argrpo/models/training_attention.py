@@ -3,7 +3,7 @@
 Three ways, all exact, none with a mask of [N, S, S] where no prompt is padded:
 
     whole      prefix and image as one causal sequence: prefixes of one position (a class), whose
-               key is the first of a row, and any prefix with a rotary embedding
+               key is the first of a row, and any prefix whose keys are not zero
     shared     a text prefix whose rotary rows are zero (engine/prefix.py): each distinct prompt is
                read once for all of its images, and only its valid positions; inside it attention is
                a running mean of V, and to an image it is one entry of score 0 that weighs as much
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from argrpo.engine.attention import CausalAttend, prefix_allowed, rotate
 from argrpo.engine.conditions import Conditions, distinct
-from argrpo.engine.policy import Policy
+from argrpo.engine.policy import Policy, embed_tokens, rotary_rows
 from argrpo.engine.prefix import has_zero_rotary_prefix
 from argrpo.models.attention_backends import AttentionName, PackedAttention, packed_attention
 
@@ -73,7 +73,7 @@ def _whole_hidden(
     policy: Policy, conditions: Conditions, token_ids: Tensor, end_sees_itself: bool
 ) -> Tensor:
     prefix = policy.embed_conditions(conditions)
-    x = torch.cat([prefix.embeddings, policy.token_embedding(token_ids[:, :-1])], dim=1)
+    x = torch.cat([prefix.embeddings, embed_tokens(policy, token_ids[:, :-1])], dim=1)
     prefix_len, num_positions = policy.shape.prefix_len, x.shape[1]
     allowed = None
     # One look at the device a pass: a prefix of one position is never padded.
@@ -81,7 +81,7 @@ def _whole_hidden(
         allowed = prefix_allowed(prefix.mask, num_positions)
         if not end_sees_itself:
             allowed[:, 0, prefix_len - 1, prefix_len - 1] = prefix.mask[:, -1]
-    attend = CausalAttend(policy.rotary[:num_positions], allowed)
+    attend = CausalAttend(rotary_rows(policy, slice(num_positions)), allowed)
     return policy.trunk(x, attend)[:, prefix_len - 1 :].contiguous()
 
 
@@ -93,11 +93,12 @@ def _shared_prefix_hidden(
     padded = ~prefix.mask[:, -1]
     # The numbers of positions shape the pass, so the host has to know them.
     places, ends = (mask.flatten().nonzero().squeeze(1) for mask in (prefix.mask, padded))
-    fed = policy.token_embedding(token_ids[:, :-1])
+    fed = embed_tokens(policy, token_ids[:, :-1])
     texts = [prefix.embeddings.flatten(0, 1)[places], prefix.embeddings[ends, -1]]
     x = torch.cat([*texts, fed.flatten(0, 1)])
     prefix_len, num_fed = prefix.mask.shape[1], fed.shape[1]
-    rotary = policy.rotary[prefix_len : prefix_len + num_fed]
+    rotary = rotary_rows(policy, slice(prefix_len, prefix_len + num_fed))
+    assert rotary is not None, "has_zero_rotary_prefix"
     lengths = prefix.mask.sum(dim=1)
     columns = count_columns(lengths[once.index], policy.shape.head_dim)
     seen = prefix.mask.cumsum(dim=1).clamp(min=1)
@@ -123,11 +124,11 @@ def _packed_hidden(
             "policy.attention: expected sdpa for prompts with a padded last position, got "
             f"{attention}; pad on the left, or leave attention at sdpa"
         )
-    x = torch.cat([prefix.embeddings, policy.token_embedding(token_ids[:, :-1])], dim=1)
+    x = torch.cat([prefix.embeddings, embed_tokens(policy, token_ids[:, :-1])], dim=1)
     valid = F.pad(prefix.mask, (0, x.shape[1] - prefix.mask.shape[1]), value=True)
     rows, lengths = valid.flatten().nonzero().squeeze(1), valid.sum(dim=1)
     attend = PackedAttend(
-        policy.rotary[rows % x.shape[1]],
+        rotary_rows(policy, rows % x.shape[1]),
         # The libraries want the longest length, or all of them, on the host.
         packed_attention(attention, lengths.tolist(), x.device),
         policy.shape.head_dim,
@@ -229,7 +230,7 @@ def count_columns(counts: Tensor, head_dim: int) -> Tensor:
 class PackedAttend:
     """Sequences of different lengths one behind the other, by a library's attention."""
 
-    rotary: Tensor  # [sum of lengths, D / 2, 2] fp32, of each row's position
+    rotary: Tensor | None  # [sum of lengths, D / 2, 2] fp32, of each row's position
     attention: PackedAttention
     head_dim: int
 

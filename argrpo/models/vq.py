@@ -1,9 +1,10 @@
-"""The VQ image tokenizer of LlamaGen: images to token ids and back.
+"""The VQ image tokenizer of LlamaGen and of VQGAN, whose networks it shares: images to token ids
+and back.
 
-A convolutional encoder, a codebook of unit-length rows, a convolutional decoder. Parameters carry
-the names of the published checkpoints, so their state dicts load strictly once the one bookkeeping
-buffer in `KNOWN_EXTRAS` is dropped. Pixels are in [0, 1] on both sides; the networks work in
-[-1, 1].
+A convolutional encoder, a codebook, a convolutional decoder; LlamaGen's codes have unit length.
+Parameters carry the names of LlamaGen's checkpoints, so their state dicts load strictly once the
+one bookkeeping buffer in `KNOWN_EXTRAS` is dropped. Pixels are in [0, 1] on both sides; the
+networks work in [-1, 1].
 
 Letters: N images, T tokens of an image (row-major), D codebook dimension, h x w the token grid,
 H x W the picture, K codes.
@@ -12,8 +13,6 @@ Source: FoundationVision/LlamaGen at ce98ec4, tokenizer/tokenizer_image/vq_model
 architecture and the parameter names); Sun et al., arXiv:2406.06525.
 """
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 
@@ -56,6 +55,9 @@ class VQConfig:
     num_res_blocks: int = 2
     """Residual blocks of an encoder level; a decoder level has one more."""
 
+    unit_codes: bool = True
+    """Whether codes and latents are scaled to length 1, as LlamaGen's; VQGAN's stay as they are."""
+
     def __post_init__(self) -> None:
         for name in ("codebook_size", "codebook_dim", "z_channels", "channels", "num_res_blocks"):
             value = getattr(self, name)
@@ -79,54 +81,6 @@ class VQConfig:
     def downsample(self) -> int:
         """Pixels of a token's side."""
         return 2 ** (len(self.encoder_multipliers) - 1)
-
-
-def infer_config(state_dict: Mapping[str, Tensor]) -> VQConfig:
-    """Read a tokenizer's sizes off the shapes of its weights.
-
-    Args:
-        state_dict: weights under the published names, no prefix.
-
-    Raises:
-        ValueError: a weight that fixes a size is missing, named by its key, or does not fit.
-    """
-
-    def shape(key: str) -> torch.Size:
-        if key not in state_dict:
-            raise ValueError(f"{key}: expected in a tokenizer's weights, not found")
-        return state_dict[key].shape
-
-    def widths(network: str) -> tuple[int, ...]:
-        levels = _count_modules(state_dict, f"{network}.conv_blocks")
-        key = network + ".conv_blocks.{}.res.0.conv1.weight"
-        return tuple(shape(key.format(level))[0] for level in range(max(levels, 1)))
-
-    codebook_size, codebook_dim = shape("quantize.embedding.weight")
-    channels = shape("encoder.conv_in.weight")[0]
-    encoder_widths = widths("encoder")
-    decoder_widths = widths("decoder")
-    for network, found in (("encoder", encoder_widths), ("decoder", decoder_widths)):
-        if any(width % channels for width in found):
-            raise ValueError(
-                f"{network}.conv_blocks: expected widths that are multiples of {channels}, "
-                f"the channels of encoder.conv_in, got {found}"
-            )
-    return VQConfig(
-        codebook_size=codebook_size,
-        codebook_dim=codebook_dim,
-        z_channels=shape("quant_conv.weight")[1],
-        channels=channels,
-        encoder_multipliers=tuple(width // channels for width in encoder_widths),
-        # The decoder's modules run from coarse to fine; the config lists both finest first.
-        decoder_multipliers=tuple(width // channels for width in reversed(decoder_widths)),
-        num_res_blocks=_count_modules(state_dict, "encoder.conv_blocks.0.res"),
-    )
-
-
-def _count_modules(state_dict: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of distinct children i of keys `prefix.i.*`."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return len({match[1] for match in map(pattern.match, state_dict) if match})
 
 
 class VQTokenizer(nn.Module):
@@ -230,19 +184,25 @@ class VQTokenizer(nn.Module):
         """Pixels [N, 3, H, W], not clamped, nominally in [-1, 1], of codes [N, D, h, w]."""
         return self.decoder(self.post_quant_conv(latents))
 
-    def unit_codebook(self) -> Tensor:
-        """The codebook with rows of length 1: [K, D]; the file's rows are not of unit length."""
-        return F.normalize(self.quantize.embedding.weight, dim=-1)
+    def codebook(self) -> Tensor:
+        """[K, D], rows of length 1 with `unit_codes`; the file's rows are not."""
+        weight = self.quantize.embedding.weight
+        return F.normalize(weight, dim=-1) if self.config.unit_codes else weight
 
     def codes(self, token_ids: Tensor) -> Tensor:
-        """Unit-length codes [N, D, h, w] of token ids [N, h, w]."""
-        return F.embedding(token_ids, self.unit_codebook()).permute(0, 3, 1, 2).contiguous()
+        """Codes [N, D, h, w] of token ids [N, h, w]."""
+        return F.embedding(token_ids, self.codebook()).permute(0, 3, 1, 2).contiguous()
 
     def nearest_codes(self, latents: Tensor) -> Tensor:
-        """Token ids [N, h, w] int64 of the codes nearest in angle to latents [N, D, h, w]."""
-        directions = F.normalize(latents, dim=1).permute(0, 2, 3, 1)
-        # Between unit vectors the squared distance is 2 - 2 cos: nearest is the largest cosine.
-        return (directions @ self.unit_codebook().T).argmax(dim=-1)
+        """Token ids [N, h, w] int64 of the codes nearest to latents [N, D, h, w]: in angle with
+        `unit_codes`, else in distance."""
+        codebook, rows = self.codebook(), latents.permute(0, 2, 3, 1)
+        if self.config.unit_codes:
+            # Between unit vectors the squared distance is 2 - 2 cos: nearest is the largest cosine.
+            return (F.normalize(rows, dim=-1) @ codebook.T).argmax(dim=-1)
+        # What |z - c|^2 is but for |z|^2, which all codes share.
+        distances = codebook.square().sum(dim=-1) - 2 * (rows @ codebook.T)
+        return distances.argmin(dim=-1)
 
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():

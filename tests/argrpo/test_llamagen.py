@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from argrpo.engine.conditions import Conditions, TextFeatures
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
-from argrpo.models.llamagen import LlamaGen, LlamaGenConfig, rotary_table
+from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy
+from argrpo.models.rotary import grid_rotary_table
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -159,7 +160,7 @@ def test_published_sizes_have_the_published_number_of_parameters(name: str) -> N
 
 def test_the_rotary_table_stays_fp32_and_goes_where_the_weights_go() -> None:
     sizes = config()
-    table = rotary_table(sizes)
+    table = grid_rotary_table(sizes.grid_size, sizes.head_dim, prefix_len=1, base=10000.0)
     assert table.shape == (1 + 9, 8, 2)
     assert not table[:1].any(), "the prefix row is zero: the engine collapses the prefix"
     policy = LlamaGen(sizes).bfloat16()

@@ -82,7 +82,8 @@ def test_published_widths_know_their_heads(dim: int, num_heads: int) -> None:
             "cls_embedding.embedding_table.weight": torch.empty(1001, dim),
         }
     config = policy_config(
-        Checkpoint(SMALL, weights, None), image_size=384, num_heads=None, downsample=16
+        Checkpoint(SMALL, weights, None),
+        {"image_size": 384, "num_heads": None, "downsample": 16},
     )
     assert config == LlamaGenConfig(
         dim=dim,

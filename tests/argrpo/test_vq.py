@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from argrpo.models.vq import KNOWN_EXTRAS, VQConfig, VQTokenizer, infer_config
+from argrpo.models.vq import KNOWN_EXTRAS, VQConfig, VQTokenizer
+from argrpo.models.vq_shapes import infer_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vq_tokenizer"
 

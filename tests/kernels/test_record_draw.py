@@ -11,6 +11,7 @@ from argrpo.kernels import record_draw as module
 from argrpo.kernels.draw import Draw
 from argrpo.kernels.record_draw import (
     DrawLog,
+    FedEmbeddings,
     StepInputs,
     record_draw_,
     record_draw_reference_,
@@ -62,11 +63,13 @@ def copied(record: DrawLog | StepInputs) -> list[Tensor | None]:
 @pytest.mark.parametrize("width", [1, 100, 768])
 @pytest.mark.parametrize("first_entry", [0, 120])
 @pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("num_places", [0, T - 1, T + 4])
 def test_the_kernel_moves_what_the_reference_moves(
-    branches: int, width: int, first_entry: int, optional: bool
+    branches: int, width: int, first_entry: int, optional: bool, num_places: int
 ) -> None:
     draw = some_draw(cond=optional, support=optional)
-    embeddings = torch.randn(V, width, device=DEVICE)
+    places = torch.randn(num_places, width, device=DEVICE) if num_places else None
+    embeddings = FedEmbeddings(torch.randn(V, width, device=DEVICE), places)
     results = []
     for record in (record_draw_, record_draw_reference_):
         log, inputs = log_like(draw), inputs_at(POSITIONS, branches, width)
@@ -79,7 +82,7 @@ def test_the_kernel_moves_what_the_reference_moves(
 
 @pytest.mark.usefixtures("_path")
 def test_a_draw_is_logged_where_its_row_stands_and_nowhere_else() -> None:
-    draw, embeddings = some_draw(), torch.randn(V, 8, device=DEVICE)
+    draw, embeddings = some_draw(), FedEmbeddings(torch.randn(V, 8, device=DEVICE))
     log, inputs = log_like(draw), inputs_at(POSITIONS, 2, 8)
     empty = copied(log)
     record_draw_(draw, embeddings, inputs, log)
@@ -93,18 +96,50 @@ def test_a_draw_is_logged_where_its_row_stands_and_nowhere_else() -> None:
 
 @pytest.mark.usefixtures("_path")
 def test_both_branches_are_fed_the_token_and_finished_rows_become_idle() -> None:
-    draw, embeddings = some_draw(), torch.randn(V, 8, device=DEVICE)
+    draw, embeddings = some_draw(), FedEmbeddings(torch.randn(V, 8, device=DEVICE))
     inputs = inputs_at(POSITIONS, 2, 8)
     record_draw_(draw, embeddings, inputs, log_like(draw), first_entry=3)
-    assert torch.equal(inputs.x, embeddings[draw.token_ids].expand(2, S, 8))
+    assert torch.equal(inputs.x, embeddings.tokens[draw.token_ids].expand(2, S, 8))
     assert inputs.positions.tolist() == [position + 1 for position in POSITIONS]
     # The token of the last position is never fed: its row is idle from here on.
     assert inputs.entries.tolist() == [[3, 6, -1, -1, -1]] * 2
 
 
 @pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_learned_place_is_added_once_rounded_and_the_last_one_is_the_last(
+    dtype: torch.dtype,
+) -> None:
+    draw, tokens = some_draw(), torch.randn(V, 8, device=DEVICE).to(dtype)
+    # Halves of small integers, so that every sum is exact in bf16 too.
+    tokens, places = tokens.mul(8).round() / 2, torch.arange(T - 1.0, device=DEVICE).to(dtype)
+    places = places[:, None].repeat(1, 8)
+    inputs = inputs_at(POSITIONS, 2, 8)
+    inputs = inputs._replace(x=inputs.x.to(dtype))
+    record_draw_(draw, FedEmbeddings(tokens, places), inputs, log_like(draw))
+    added = torch.tensor([0, 3, T - 2, T - 2, T - 2], device=DEVICE)[:, None]
+    assert torch.equal(inputs.x, (tokens[draw.token_ids] + added).expand(2, S, 8))
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (torch.zeros(T - 2, 8), "embeddings.places: expected at least 5 rows"),
+        (torch.zeros(T, 7), "embeddings.places: expected shape"),
+        (torch.zeros(T, 8).bfloat16(), "embeddings.places: expected float32"),
+        (torch.zeros(T, 16)[:, ::2], "embeddings.places: expected a contiguous"),
+    ],
+)
+def test_places_that_do_not_fit_are_refused_by_name(places: Tensor, message: str) -> None:
+    draw = some_draw()
+    embeddings = FedEmbeddings(torch.randn(V, 8, device=DEVICE), places.to(DEVICE))
+    with pytest.raises(ValueError, match=message):
+        record_draw_(draw, embeddings, inputs_at(POSITIONS, 2, 8), log_like(draw))
+
+
+@pytest.mark.usefixtures("_path")
 def test_some_rows_can_be_recorded_and_the_others_stay() -> None:
-    draw, embeddings = some_draw(support=False), torch.randn(V, 8, device=DEVICE)
+    draw, embeddings = some_draw(support=False), FedEmbeddings(torch.randn(V, 8, device=DEVICE))
     log, inputs = log_like(draw), inputs_at(POSITIONS, 2, 8)
     before_log, before = log_like(draw), inputs_at(POSITIONS, 2, 8)
     part = slice(1, 3)
@@ -135,7 +170,7 @@ def test_some_rows_can_be_recorded_and_the_others_stay() -> None:
 def test_what_does_not_fit_is_refused_by_name(
     change: dict[str, dict[str, Tensor | None]], message: str
 ) -> None:
-    draw, embeddings = some_draw(), torch.randn(V, 8, device=DEVICE)
+    draw, embeddings = some_draw(), FedEmbeddings(torch.randn(V, 8, device=DEVICE))
     log, inputs = log_like(draw), inputs_at(POSITIONS, 2, 8)
     changed = {
         name: {key: None if part is None else part.to(DEVICE) for key, part in parts.items()}
@@ -154,7 +189,7 @@ def test_what_does_not_fit_is_refused_by_name(
 def test_a_wide_row_moves_its_position_once() -> None:
     """Several warps read the position that one of them moves on."""
     num_rows, width = 4096, 3200
-    embeddings = torch.randn(V, width, device=DEVICE).bfloat16()
+    embeddings = FedEmbeddings(torch.randn(V, width, device=DEVICE).bfloat16())
     tokens = torch.randint(0, V, (num_rows,), device=DEVICE)
     scores = torch.randn(num_rows, device=DEVICE)
     draw = Draw(tokens, scores, scores, None, None)
