@@ -5,6 +5,7 @@ that `pytest tests/kernels/test_rmsnorm.py` tests the kernel and not its referen
 All other tests run the path that a user on a CPU runs, hence two processes in `make test`.
 """
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 if TYPE_CHECKING:  # fixtures import argrpo late: whoever imports a kernel fixes its interpreter
@@ -28,6 +29,12 @@ if TYPE_CHECKING:  # fixtures import argrpo late: whoever imports a kernel fixes
 TESTS = Path(__file__).parent
 KERNEL_TESTS = TESTS / "kernels"
 ENGINE_TESTS = TESTS / "engine"
+
+_TINY_CLIP = {  # an architecture of open_clip
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
 
 _RANKS_TIMEOUT_S = 60  # a test of a hang fails after this long
 
@@ -253,3 +260,42 @@ def _filled_with_nan(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(scope="session")
+def tower_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module]:
+    """Weights of a small CLIP of open_clip, which then knows it as argrpo-tiny, and the model."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("open_clip")
+    (folder / "argrpo-tiny.json").write_text(json.dumps(_TINY_CLIP))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    model = open_clip.create_model("argrpo-tiny")
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return str(folder / "weights.pt"), model.eval()
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A small CLIP of transformers with its tokenizer, and the model."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("transformers")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    ends = [f"{letter}</w>" for letter in letters]
+    words = [*letters, *ends, "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2}
+    ids = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53, "vocab_size": len(words)}
+    config = CLIPConfig(
+        text_config={**sizes, **ids, "max_position_embeddings": 16},
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        projection_dim=24,
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(config).eval()
+    model.save_pretrained(folder)
+    return folder, model

@@ -1,7 +1,12 @@
-"""Judges by name. A judge is imported when it is first asked for, never before."""
+"""Judges by name. A judge is imported when it is first asked for, never before.
+
+Two names hold another one: quantize(JUDGE) takes the options of JUDGE and those of its map, see
+rewards/quantize.py; iqa:METRIC is a metric of pyiqa, see rewards/iqa.py.
+"""
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,30 +14,44 @@ import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
-from argrpo.model_paths import resolve_path
+from argrpo.model_paths import named_within, resolve_path
 from argrpo.reward_config import RewardConfig
 from argrpo.rewards.protocols import DistributionReward, Reward
+from argrpo.rewards.sharing import SharedNetworks
 
 REWARDS = {
     "digits_judge": "argrpo.digits.judges:DigitJudgeReward",
     "clip": "argrpo.rewards.clip:ClipReward",
     "hpsv2": "argrpo.rewards.clip:Hpsv2Reward",
+    "pickscore": "argrpo.rewards.clip:PickScoreReward",
+    "aesthetic": "argrpo.rewards.aesthetic:AestheticReward",
     "loo_fid": "argrpo.rewards.loo_fid:LooFidReward",
 }
 
 
+_QUANTIZE = re.compile(r"quantize\((.+)\)")
+
+
 def make_reward(
-    config: RewardConfig, device: torch.device, cache_dir: str | None
+    config: RewardConfig,
+    device: torch.device,
+    cache_dir: str | None,
+    shared: SharedNetworks | None = None,
 ) -> Reward | DistributionReward:
     """The judge that a config names, of one of the two kinds of rewards/protocols.py.
 
     A name of `REWARDS`, or module:class, is built with the options (and the device, if it takes
     one). module:function is the judge itself, a function of (images, prompts), without options.
-    Options that start with digits: stand for files of the embedded task.
+    Options that start with digits: stand for files of the embedded task. Judges that are made with
+    the same `shared` load the networks that they have in common once.
 
     Raises:
         ValueError: no such judge, an option that it does not take, or one that it lacks, named.
     """
+    shared = shared or SharedNetworks()
+    quantized = _QUANTIZE.fullmatch(config.name)
+    if quantized is not None:
+        return _make_quantized(quantized[1], config, device, cache_dir, shared)
     named = _load(config.name)
     if config.name not in REWARDS and not inspect.isclass(named):
         if config.options:
@@ -43,11 +62,34 @@ def make_reward(
         return _FunctionReward(config.name, named)
     options = {key: _resolved(value, cache_dir) for key, value in config.options.items()}
     taken = inspect.signature(named).parameters
-    if "device" in taken:
-        options.setdefault("device", device)
+    for key, value in (("device", device), ("shared", shared)):
+        if key in taken:
+            options.setdefault(key, value)
     _check_options(config.name, options, taken)
     judge: Reward | DistributionReward = named(**options)
     return judge
+
+
+def _make_quantized(
+    inner: str,
+    config: RewardConfig,
+    device: torch.device,
+    cache_dir: str | None,
+    shared: SharedNetworks,
+) -> Reward:
+    from argrpo.rewards.quantize import STEP_OPTIONS, QuantizedReward, make_steps
+
+    options = dict(config.options)
+    name = options.pop("name", None)
+    mapping = {key: options.pop(key) for key in STEP_OPTIONS if key in options}
+    with named_within(f"rewards.{config.name}.options"):
+        steps = make_steps(mapping)
+    judge = make_reward(RewardConfig(name=inner, options=options), device, cache_dir, shared)
+    if isinstance(judge, DistributionReward):
+        raise ValueError(
+            f"rewards.name: expected a judge of single images to quantize, got {inner}"
+        )
+    return QuantizedReward(judge, steps, name or f"{judge.name}_quantized")
 
 
 class _FunctionReward:

@@ -12,6 +12,7 @@ from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.reward_config import AdvantageConfig, RewardConfig
 from argrpo.rewards.protocols import DistributionReward, Measuring, Restorable, Reward
 from argrpo.rewards.registry import make_reward
+from argrpo.rewards.sharing import SharedNetworks
 
 Judge = Reward | DistributionReward
 
@@ -77,6 +78,7 @@ class Judges:
         """`ranges` is told which judge is at work."""
         self._config = config
         self._ranges = ranges
+        self._shared = SharedNetworks()
         self._rewards = [self._make(judge, device) for judge in config.rewards]
         self._monitors = [self._make(judge, device) for judge in config.monitors]
         self._weights = torch.tensor([judge.weight for judge in config.rewards])
@@ -145,7 +147,7 @@ class Judges:
         return [judge for judge in judges if isinstance(judge, DistributionReward)]
 
     def _make(self, judge: RewardConfig, device: torch.device) -> Judge:
-        return make_reward(judge, device, self._config.cache_dir)
+        return make_reward(judge, device, self._config.cache_dir, self._shared)
 
 
 @torch.no_grad()

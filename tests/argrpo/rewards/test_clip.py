@@ -1,6 +1,4 @@
-"""The CLIP judges against open_clip's own calls, on a small tower with random weights."""
-
-import json
+"""The judges by cosine against the libraries' own numbers, on small towers with random weights."""
 
 import open_clip
 import pytest
@@ -8,47 +6,40 @@ import torch
 from torch.nn import functional as F
 
 from argrpo.data import Prompt
-from argrpo.rewards.clip import ClipReward, Hpsv2Reward, TowerPixels, preprocess
+from argrpo.rewards.clip import ClipReward, Hpsv2Reward, PickScoreReward
+from argrpo.rewards.tower_networks import pooled
+from argrpo.rewards.tower_pixels import TowerPixels, preprocess
 
+_TEXTS = ["a cat", "a dog", "a cat", "a hat", "a cat"]
 _CPU = torch.device("cpu")
-_TINY = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tower")
-    (folder / "argrpo-tiny.json").write_text(json.dumps(_TINY))
-    open_clip.add_model_config(folder)
-    torch.manual_seed(0)
-    model = open_clip.create_model("argrpo-tiny")
-    torch.save(model.state_dict(), folder / "weights.pt")
-    return folder / "weights.pt", model.eval()
+def _prompts(*texts: str) -> list[Prompt]:
+    return [Prompt(text) for text in texts]
 
 
-def test_score_is_the_cosine_of_the_library(checkpoint) -> None:
-    path, model = checkpoint
+def test_score_is_the_cosine_of_the_library(tower_files) -> None:
+    path, model = tower_files
     reward = ClipReward("argrpo-tiny", str(path), device=_CPU, reward_batch=2)
     images = torch.rand(5, 3, 48, 48)
     texts = ["a cat", "a dog", "a cat", "a hat", "a cat"]
     scores = reward(images, [Prompt(text) for text in texts])
     with torch.no_grad():
-        pixels = preprocess(images, TowerPixels.of(model))
+        pixels = preprocess(images, TowerPixels(32))
         image = F.normalize(model.encode_image(pixels), dim=1)
         text = F.normalize(model.encode_text(open_clip.get_tokenizer("argrpo-tiny")(texts)), dim=1)
     # fp32 sums of 32 products in another order
     torch.testing.assert_close(scores, (image * text).sum(dim=1), atol=1e-5, rtol=0)
 
 
-def test_a_text_is_embedded_once(checkpoint, monkeypatch) -> None:
-    path, _ = checkpoint
+def test_a_text_is_embedded_once(tower_files, monkeypatch) -> None:
+    path, _ = tower_files
     reward = ClipReward("argrpo-tiny", str(path), device=_CPU)
     seen: list[int] = []
-    encode = reward._model.encode_text
-    monkeypatch.setattr(reward._model, "encode_text", lambda t: (seen.append(len(t)), encode(t))[1])
+    encode = reward._tower._network.module.encode_text
+    monkeypatch.setattr(
+        reward._tower._network.module, "encode_text", lambda t: (seen.append(len(t)), encode(t))[1]
+    )
     prompts = [Prompt("a cat"), Prompt("a dog"), Prompt("a cat")]
     first = reward(torch.rand(3, 3, 32, 32), prompts)
     reward(torch.rand(3, 3, 32, 32), prompts)
@@ -56,22 +47,71 @@ def test_a_text_is_embedded_once(checkpoint, monkeypatch) -> None:
     assert first.shape == (3,)
 
 
-def test_pixels_follow_the_picture_route_within_a_grey_level(checkpoint) -> None:
-    _, model = checkpoint
-    from torchvision.transforms.functional import to_pil_image
+def test_a_clip_of_transformers_gives_the_cosine_of_the_library(clip_folder) -> None:
+    from transformers import AutoTokenizer
 
-    # Middle greys: a picture clips what bicubic weights push beyond white and black, floats do not.
-    image = torch.randint(96, 160, (3, 80, 60), dtype=torch.uint8)
-    ours = preprocess(image[None].float() / 255, TowerPixels.of(model))[0]
-    theirs = open_clip.image_transform(32, is_train=False)(to_pil_image(image))
-    # The picture route rounds to 8 bits after each of two passes: a level, over the tower's std.
-    assert (ours - theirs).abs().max() < 1.0 / 255 / 0.26
+    folder, model = clip_folder
+    judge = ClipReward(str(folder), device=_CPU, reward_batch=2)
+    images = torch.rand(5, 3, 32, 32)
+    scores = judge(images, _prompts(*_TEXTS))
+    pixels = (images - torch.tensor(judge._pixels.mean).view(3, 1, 1)) / torch.tensor(
+        judge._pixels.std
+    ).view(3, 1, 1)
+    tokens = AutoTokenizer.from_pretrained(folder)(_TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        # The library's own number: logits_per_image over the learned scale.
+        logits = model(**tokens, pixel_values=pixels).logits_per_image.diagonal()
+    # fp32 sums of 24 products in another order
+    torch.testing.assert_close(scores, logits / model.logit_scale.exp(), atol=1e-5, rtol=0)
 
 
-def test_unknown_architecture_weights_and_checkpoint_are_named(tmp_path) -> None:
-    with pytest.raises(ValueError, match="model: expected an open_clip architecture, got 'ViT-Z'"):
-        ClipReward("ViT-Z", device=_CPU)
-    with pytest.raises(ValueError, match=r"pretrained: expected a file or one of .*openai"):
-        ClipReward(pretrained=str(tmp_path / "none.pt"), device=_CPU)
-    with pytest.raises(FileNotFoundError, match=r"HPS_v2\.1_compressed\.pt .*xswu/HPSv2"):
-        Hpsv2Reward(str(tmp_path / "none.pt"), device=_CPU)
+def test_the_embeddings_of_transformers_4_and_5_are_read(clip_folder, monkeypatch) -> None:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    embedded = torch.rand(2, 24)
+    assert pooled(embedded) is embedded
+    assert pooled(BaseModelOutputWithPooling(pooler_output=embedded)) is embedded
+    folder, _ = clip_folder
+    judge = ClipReward(str(folder), device=_CPU)
+    images = torch.rand(2, 3, 32, 32)
+    new = judge(images, _prompts("a cat", "a dog"))
+    module = judge._tower._network.module
+    for name in ("get_image_features", "get_text_features"):
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda call=call, **kw: call(**kw).pooler_output)
+    judge._tower._texts.clear()
+    assert torch.equal(judge(images.clone(), _prompts("a cat", "a dog")), new)
+
+
+def test_bfloat16_towers_score_in_fp32_near_the_others(tower_files) -> None:
+    path, _ = tower_files
+    images, prompts = torch.rand(4, 3, 32, 32), _prompts("a", "b", "c", "d")
+    wide = ClipReward("argrpo-tiny", path, device=_CPU)(images, prompts)
+    narrow = ClipReward("argrpo-tiny", path, device=_CPU, dtype="bfloat16")(images, prompts)
+    assert narrow.dtype == torch.float32
+    # Two layers of bf16, each good to 2^-8 of its values, under a cosine of at most 1.
+    torch.testing.assert_close(narrow, wide, atol=2e-2, rtol=0)
+    assert not torch.equal(narrow, wide)
+
+
+def test_hpsv2_reads_the_wrapping_of_its_checkpoint(tower_files, tmp_path) -> None:
+    path, model = tower_files
+    wrapped = {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}
+    torch.save({**wrapped, "epoch": 3}, tmp_path / "hps.pt")
+    images, prompts = torch.rand(2, 3, 32, 32), _prompts("a cat", "a dog")
+    judge = Hpsv2Reward(str(tmp_path / "hps.pt"), model="argrpo-tiny", device=_CPU)
+    clip = ClipReward("argrpo-tiny", path, device=_CPU, reward_batch=32)
+    assert torch.equal(judge(images, prompts), clip(images, prompts))
+
+
+def test_pickscore_is_the_scaled_cosine(clip_folder) -> None:
+    folder, model = clip_folder
+    images, prompts = torch.rand(2, 3, 32, 32), _prompts("a cat", "a dog")
+    scores = PickScoreReward(str(folder), device=_CPU, reward_batch=64)(images, prompts)
+    cosines = ClipReward(str(folder), device=_CPU)(images, prompts)
+    torch.testing.assert_close(scores, cosines * model.logit_scale.exp())
+
+
+def test_an_unknown_interpolation_is_refused(tower_files) -> None:
+    with pytest.raises(ValueError, match=r"interpolation: expected one of bicubic, bilinear"):
+        ClipReward("argrpo-tiny", tower_files[0], interpolation="nearest", device=_CPU)

@@ -9,6 +9,7 @@ from torch import Tensor
 from argrpo.config import RewardConfig
 from argrpo.data import Prompt
 from argrpo.rewards.registry import make_reward
+from argrpo.rewards.sharing import SharedNetworks
 
 _CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ class Constant:
         return self.value.expand(len(prompts))
 
 
-def _make(name: str, **options: object):
+def _make(name: str, /, **options: object):
     return make_reward(RewardConfig(name=name, options=options), _CPU, None)
 
 
@@ -65,3 +66,34 @@ def test_nothing_heavy_is_imported_before_it_is_asked_for() -> None:
     code = "import argrpo.rewards.registry, sys; print('open_clip' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+_STEPS = {"thresholds": [0.0, 0.3], "values": [-1.0, 0.5, 1.0]}
+
+
+def test_a_quantized_judge_shares_the_tower_of_the_judge_that_it_quantizes(tower_files) -> None:
+    path, _ = tower_files
+    options = {"model": "argrpo-tiny", "pretrained": path}
+    shared = SharedNetworks()
+    clip = make_reward(RewardConfig(name="clip", options=options), _CPU, None, shared)
+    stepped = RewardConfig(name="quantize(clip)", options={**options, **_STEPS})
+    quantized = make_reward(stepped, _CPU, None, shared)
+    assert quantized.name == "clip_quantized"
+    seen: list[int] = []
+    clip._tower._network.module.visual.register_forward_hook(lambda *_: seen.append(1))
+    images, prompts = torch.rand(3, 3, 32, 32), [Prompt("a"), Prompt("b"), Prompt("c")]
+    scores = clip(images, prompts)
+    values = quantized(images, prompts)
+    assert seen == [1]
+    assert values.tolist() == [-1.0 if score < 0 else 0.5 for score in scores]
+
+
+def test_a_quantized_judge_is_named_as_told_and_its_options_are_checked() -> None:
+    inner = f"quantize({__name__}:Constant)"
+    assert _make(inner, value=0.1, name="steps", **_STEPS).name == "steps"
+    with pytest.raises(ValueError, match=r"options\.thresholds: expected thresholds and values"):
+        _make(inner, value=0.1, thresholds=[0.0])
+    with pytest.raises(ValueError, match="options: expected value, got none"):
+        _make(inner, **_STEPS)
+    with pytest.raises(ValueError, match=r"rewards\.name: expected one of"):
+        _make("quantize(clipp)", **_STEPS)

@@ -1,0 +1,118 @@
+"""Steps instead of scores: another judge's through a map, as AR-GRPO rewards some judges twice.
+
+    thresholds, values   values[0] below thresholds[0], values[i + 1] from thresholds[i] up to
+                         thresholds[i + 1]: one value more than thresholds. With as many values as
+                         thresholds nothing is said of a score from the last threshold on: NaN, not
+                         scored.
+    bins                 [low, high] (0 and 1) stretched to [lowest, highest] (0 and 5), rounded,
+                         halves up, to a multiple of (highest - lowest) / bins
+
+NaN stays NaN. Thresholds are compared in the precision of the scores.
+
+The judge is not asked twice: what it shares with one of the same options, a tower or a network,
+remembers the batch.
+
+Source: Kwai-Klear/AR-GRPO at 65947ad, img_gen_grpo_rewards.py (discrete_reward_map and
+reward_quantize).
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argrpo.data import Prompt
+from argrpo.rewards.protocols import Reward
+
+STEP_OPTIONS = ("thresholds", "values", "bins", "low", "high", "lowest", "highest")
+"""Of the map; all others are the judge's."""
+
+Steps = Callable[[Tensor], Tensor]
+"""[N] fp32 scores -> [N] fp32 values."""
+
+
+class QuantizedReward:
+    """Another judge's scores through a map.
+
+    Args:
+        judge: of single images.
+        steps: the map.
+        name: under which its scores are logged.
+    """
+
+    def __init__(self, judge: Reward, steps: Steps, name: str) -> None:
+        self.name = name
+        self.reward_batch: int = getattr(judge, "reward_batch", sys.maxsize)
+        self._judge = judge
+        self._steps = steps
+
+    def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN = not scored."""
+        return self._steps(self._judge(images, prompts))
+
+
+def make_steps(options: Mapping[str, Any]) -> Steps:
+    """The map that options describe: thresholds and values, or bins.
+
+    Raises:
+        ValueError: they describe none, or both; by option.
+    """
+    if options.keys() == {"thresholds", "values"}:
+        return StepMap(options["thresholds"], options["values"])
+    if "bins" in options and options.keys() <= set(STEP_OPTIONS[2:]):
+        return EqualSteps(**options)
+    got = ", ".join(sorted(options)) or "none"
+    raise ValueError(f"thresholds: expected thresholds and values, or bins, got {got}")
+
+
+class StepMap:
+    """Values by thresholds.
+
+    Args:
+        thresholds: rising.
+        values: one more than thresholds, or as many.
+
+    Raises:
+        ValueError: the thresholds do not rise, or there is another number of values.
+    """
+
+    def __init__(self, thresholds: Sequence[float], values: Sequence[float]) -> None:
+        if not thresholds or any(a >= b for a, b in pairwise(thresholds)):
+            raise ValueError(f"thresholds: expected rising numbers, got {list(thresholds)}")
+        if len(values) - len(thresholds) not in (0, 1):
+            raise ValueError(
+                f"values: expected {len(thresholds) + 1} for {len(thresholds)} thresholds, or one "
+                f"less where nothing is beyond the last, got {len(values)}"
+            )
+        self._thresholds = torch.tensor(list(thresholds), dtype=torch.float64)
+        above = [torch.nan] if len(values) == len(thresholds) else []
+        # The last is for NaN, which sorts behind every number.
+        self._values = torch.tensor([*values, *above, torch.nan], dtype=torch.float32)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """[N] floating point -> [N] fp32."""
+        steps = torch.bucketize(scores, self._thresholds.to(scores), right=True)
+        steps = steps.masked_fill(scores.isnan(), len(self._values) - 1)
+        return self._values.to(scores.device)[steps]
+
+
+@dataclass(frozen=True, slots=True)
+class EqualSteps:
+    """Multiples of one width; see the top of this file."""
+
+    bins: int
+    low: float = 0.0
+    high: float = 1.0
+    lowest: float = 0.0
+    highest: float = 5.0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """[N] floating point -> [N] fp32."""
+        stretched = (scores.double() - self.low) / (self.high - self.low)
+        stretched = stretched * (self.highest - self.lowest) + self.lowest
+        width = (self.highest - self.lowest) / self.bins
+        return ((stretched / width + 0.5).trunc() * width).float()
