@@ -4,6 +4,7 @@ Exit codes:
     0    done
     1    a bug of argrpo, or of a judge of yours: a traceback says where
     2    a setting, a flag or an input file is wrong: one line names it
+    69   a judge failed for too long; a checkpoint was saved
     70   a gradient stopped being a finite number
     74   the machine: disk full, no permission, out of memory
     130  stopped by Ctrl-C
@@ -22,7 +23,7 @@ from rich.console import Console
 
 import argrpo
 
-DONE, BUG, WRONG_INPUT, NOT_FINITE, MACHINE, STOPPED = 0, 1, 2, 70, 74, 130
+DONE, BUG, WRONG_INPUT, NO_JUDGE, NOT_FINITE, MACHINE, STOPPED = 0, 1, 2, 69, 70, 74, 130
 
 
 class _Command(NamedTuple):
@@ -205,10 +206,13 @@ def _exit_code(error: Exception, is_running: bool) -> int:
     import torch
 
     from argrpo.learner import NonFiniteError
+    from argrpo.rewards.failure_watch import JudgesUnavailableError
     from argrpo.run_folder import StorageError
 
     if isinstance(error, NonFiniteError):
         return NOT_FINITE
+    if isinstance(error, JudgesUnavailableError):
+        return NO_JUDGE
     if isinstance(error, StorageError | torch.OutOfMemoryError | MemoryError):
         return MACHINE
     if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):

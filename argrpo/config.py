@@ -12,6 +12,7 @@ from argrpo.data_config import DataConfig
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.entropy_control import EntropyConfig
 from argrpo.eval_config import EvalConfig
+from argrpo.judging_config import JudgingConfig
 from argrpo.learner_config import ParityConfig, ReferenceConfig
 from argrpo.model_config import PolicyConfig, TokenizerConfig
 from argrpo.objective_config import ObjectiveConfig
@@ -39,7 +40,10 @@ class TrainConfig:
     """Judges whose scores are optimised; at least one."""
 
     monitors: list[RewardConfig] = field(default_factory=list)
-    """Judges that only measure: logged beside every sample grid, never optimised."""
+    """Judges that only measure, every judging.monitor_every steps, and are never optimised."""
+
+    judging: JudgingConfig = field(default_factory=JudgingConfig)
+    """How judges are asked."""
 
     prompts_per_step: int = 4
     """Distinct conditions a step."""

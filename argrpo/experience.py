@@ -1,12 +1,21 @@
 """One step's images, ready to be learned from. N images of a step, T tokens of an image."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from argrpo.engine.rollout import Rollout
 from argrpo.loss_batch import LossBatch, LossScale
 from argrpo.token_scores import TokensToScore
+
+
+class FixedLogprobs(NamedTuple):
+    """Log-probs of a rollout that stay fixed while the policy moves; no score is in them."""
+
+    tokens: TokensToScore
+    old: Tensor | None  # [N, T] fp32 that ratios compare with; None: each pass is its own
+    reference: Tensor | None  # [N, T] fp32; None without a KL
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq would compare tensors

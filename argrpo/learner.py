@@ -22,7 +22,7 @@ from argrpo.config import TrainConfig
 from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.sampling_params import SamplingParams
-from argrpo.experience import Experience
+from argrpo.experience import Experience, FixedLogprobs
 from argrpo.head_gradients import LearnedBatch, backward
 from argrpo.loss_batch import LossBatch
 from argrpo.loss_metrics import LossMetrics
@@ -98,26 +98,34 @@ class Learner:
         return nullcontext() if self._average is None else self._average.applied()
 
     @torch.no_grad()
-    def prepare(self, rollout: Rollout, advantages: Advantages) -> Experience:
-        """Log-probs that stay fixed while the policy moves."""
-        objective, device = self._config.objective, rollout.token_ids.device
-        tokens = tokens_to_score(rollout, objective.policy)
+    def fixed_logprobs(self, rollout: Rollout) -> FixedLogprobs:
+        """Log-probs that stay fixed while the policy moves, before any image is scored."""
+        tokens = tokens_to_score(rollout, self._config.objective.policy)
         reference = None
         if self._reference is not None:
             with self._ranges("reference"), self._reference.on_device() as model:
                 reference = scored(model, tokens, self._config.micro_batch).logprobs
+        return FixedLogprobs(tokens, self._before_updates(rollout, tokens), reference)
+
+    @torch.no_grad()
+    def prepare(
+        self, rollout: Rollout, advantages: Advantages, fixed: FixedLogprobs | None = None
+    ) -> Experience:
+        """What is learned from: images, advantages and `fixed_logprobs`, made here if not given."""
+        fixed = fixed or self.fixed_logprobs(rollout)
+        objective, device = self._config.objective, rollout.token_ids.device
         used = advantages.used.flatten()
         values = advantages.components.flatten(0, 1)
         if not objective.clip_components:
             values = advantages.values.flatten()
         return Experience(
             rollout=rollout,
-            tokens=tokens,
+            tokens=fixed.tokens,
             advantages=values.to(device),
             used=used.to(device),
             all_used=bool(used.all()),
-            old_logprobs=self._before_updates(rollout, tokens),
-            ref_logprobs=reference,
+            old_logprobs=fixed.old,
+            ref_logprobs=fixed.reference,
             draw_logprobs=rollout.logprobs if objective.needs_draw_logprobs else None,
         )
 

@@ -2,6 +2,7 @@
 
 config.yaml  metrics.jsonl  environment.json  samples/step_000100.png
 checkpoints/step_000100/    checkpoints/best  evaluations.jsonl  evaluation.json  report.html
+reward_extras.jsonl
 """
 
 import errno
@@ -106,6 +107,11 @@ class RunFolder:
     def evaluations_path(self) -> Path:
         """One object an evaluation while training, that of the policy before it included."""
         return self.path / "evaluations.jsonl"
+
+    @property
+    def reward_extras_path(self) -> Path:
+        """What reward functions gave to log_extra: one object a step and function."""
+        return self.path / "reward_extras.jsonl"
 
     @property
     def report_path(self) -> Path:

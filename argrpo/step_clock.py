@@ -37,6 +37,17 @@ class StepClock:
             finally:
                 self._seconds[name] += self._now() - started
 
+    @contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """As `phase`, where phases overlap on a GPU: the time of the host alone, so that what is
+        queued counts to the phase that waits for it."""
+        with self._ranges(name):
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._seconds[name] += time.perf_counter() - started
+
     def finish_step(self, num_images: int, num_tokens: int) -> dict[str, float]:
         """step_time and time/<phase> in seconds, and what they amount to."""
         elapsed = self._now() - self._started

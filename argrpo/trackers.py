@@ -101,6 +101,22 @@ class JsonLinesTracker:
             self._file = None
 
 
+def append_extras(path: Path, step: int, extras: dict[str, dict[str, list[Any]]]) -> None:
+    """What reward functions gave to log_extra in a step, one line a judge.
+
+    Args:
+        path: the file.
+        step: 1-based.
+        extras: columns of each judge, by its name.
+
+    Raises:
+        StorageError: the disk is full or refused.
+    """
+    for judge, columns in extras.items():
+        with path.open("ab", buffering=0) as file:
+            _append_line(file, path, {"step": step, "judge": judge, "columns": columns})
+
+
 class TensorBoardTracker:
     """Event files in the run folder, for `tensorboard --logdir`.
 

@@ -31,11 +31,12 @@ from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.attention_backends import check_attention
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
 from argrpo.models.pairing import check_guidance, check_label_dropout, check_pair
+from argrpo.rewards.failure_watch import FailureWatch, JudgesUnavailableError
 from argrpo.rewards.scoring import Judges
 from argrpo.run_folder import RunFolder
 from argrpo.step_clock import StepClock
 from argrpo.step_profile import StepProfile
-from argrpo.trackers import Tracker, make_trackers
+from argrpo.trackers import Tracker, append_extras, make_trackers
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class Trainer:
         self._prompts = load_prompts(config.data)
         self.policy.check_conditions(self._prompts.conditions(self._prompts.prompts, repeats=1))
         self._judges = Judges(config, self._device, self.profile.ranges)
+        self._failures = FailureWatch(config.judging)
+        self._problem: str | None = None  # of the judges, once the run has to end
         self._learner = Learner(self.policy, config, self.profile.ranges)
         self.engine = self._make_engine()
         self._collection = Collection(
@@ -160,6 +163,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: a gradient stopped being a number.
+            JudgesUnavailableError: a judge failed for too long; a checkpoint was saved.
         """
         self._warn_of_mismatch()
         metrics: dict[str, float] = {}
@@ -176,7 +180,9 @@ class Trainer:
                     metrics = {**metrics, **self._evaluate(step + 1)}
                     self._log(step + 1, metrics)
                     self._leave_files(step + 1)
+                    self._check_judges(step + 1)
         finally:
+            self._judges.close()
             for tracker in self._trackers:
                 tracker.close()
         best = None if self._best is None else self._best.path
@@ -189,14 +195,20 @@ class Trainer:
     def _train_step(self, step: int) -> dict[str, float]:
         """One rollout iteration: the whole method in a few lines."""
         self._clock.start_step()
-        rollout, scores = self._collection.collect(
+        collected = self._collection.collect(
             step,
-            with_monitors=self._is_shown(step + 1),
+            with_monitors=self._is_monitored(step + 1),
             support=self.config.rollout.is_filtered and self._learner.wants_support,
         )
-        advantages = scores.advantages(self.config.images_per_prompt)
+        rollout = collected.rollout
         with self._clock.phase("logprob"):
-            experience = self._learner.prepare(rollout, advantages)
+            # Needs no score, so judges work meanwhile.
+            fixed = self._learner.fixed_logprobs(rollout)
+        scores = self._collection.scores(collected)
+        append_extras(self._folder.reward_extras_path, step + 1, self._judges.extras())
+        self._problem = self._failures.observe(scores)
+        advantages = scores.advantages(self.config.images_per_prompt)
+        experience = self._learner.prepare(rollout, advantages, fixed)
         entropy_coef = self._entropy.coefficient(step)
         with self._clock.phase("update"):
             by_completion = self.config.parity.entropy_by_completion
@@ -210,6 +222,7 @@ class Trainer:
             self._entropy.observe(learned["entropy/policy"])
         return {
             **scores.metrics(),
+            **collected.statistics,
             **advantages.metrics(),
             "entropy/coef": entropy_coef,
             **learned,
@@ -232,6 +245,11 @@ class Trainer:
         every = self.config.output.sample_every
         return step == self.config.num_steps or (every > 0 and step % every == 0)
 
+    def _is_monitored(self, step: int) -> bool:
+        every = self.config.judging.monitor_every
+        last = step == self.config.num_steps
+        return self._is_shown(step) if every is None else last or step % every == 0
+
     def _leave_files(self, step: int) -> None:
         last = step == self.config.num_steps
         every = self.config.output.save_every
@@ -243,8 +261,20 @@ class Trainer:
                 with self.profile.ranges("samples"):
                     self._show_samples(step)
             if is_saved:
-                with self.profile.ranges("checkpoint"):
-                    save_policy(self.policy, self._folder.checkpoint(step))
+                self._save(step)
+
+    def _save(self, step: int) -> None:
+        with self.profile.ranges("checkpoint"):
+            save_policy(self.policy, self._folder.checkpoint(step))
+
+    def _check_judges(self, step: int) -> None:
+        if self._problem is None:
+            return
+        path = self._folder.checkpoint(step)
+        if not path.exists():
+            with self._learner.averaged():
+                self._save(step)
+        raise JudgesUnavailableError(f"{self._problem}; the run ends here, saved in {path}")
 
     def _show_samples(self, step: int) -> None:
         """A grid of the same conditions and seeds every time."""

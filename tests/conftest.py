@@ -2,7 +2,8 @@
 
 A run that names only tests/kernels on a machine without a GPU switches Triton's interpreter on, so
 that `pytest tests/kernels/test_rmsnorm.py` tests the kernel and not its reference against itself.
-All other tests run the path that a user on a CPU runs, hence two processes in `make test`.
+All other tests run the path that a user on a CPU runs, hence two processes in `make test`. Over 300
+lines, because what tests in several folders share can only stand here.
 """
 
 import json
@@ -11,10 +12,14 @@ import os
 import pickle
 import resource
 import signal
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -154,6 +159,69 @@ def _ended(answer: Connection, process: multiprocessing.process.BaseProcess) -> 
     process.join(_RANKS_TIMEOUT_S)
     assert process.exitcode is not None
     return Ended(result, process.exitcode)
+
+
+class Exchange:
+    """One request to the scripted server, which does with it whatever a test wants."""
+
+    def __init__(self, handler: BaseHTTPRequestHandler, number: int, stopping: Event) -> None:
+        self.number = number  # from 0, in order of arrival
+        self.path, self.headers, self.stopping = handler.path, handler.headers, stopping
+        self.body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        self._handler = handler
+
+    def reply(self, value: object, code: int = 200, **headers: str) -> None:
+        """A whole answer; bytes go as they are, anything else as JSON."""
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.start(len(content), code, **headers)
+        self._handler.wfile.write(content)
+
+    def start(self, length: int, code: int = 200, **headers: str) -> None:
+        """The head of an answer of so many bytes; `send` and `die` go on from there."""
+        self._handler.send_response(code)
+        for name, item in {"Content-Length": str(length), **headers}.items():
+            self._handler.send_header(name.replace("_", "-"), item)
+        self._handler.end_headers()
+
+    def send(self, content: bytes) -> None:
+        self._handler.wfile.write(content)
+
+    def die(self) -> None:
+        """Close the connection, whatever was sent."""
+        self._handler.close_connection = True
+        self._handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def scripted_server() -> Iterator[Callable[[Callable[[Exchange], None]], str]]:
+    """Starts HTTP servers on this machine that answer each request by a function; gives their
+    addresses."""
+    stopping, servers = Event(), []
+
+    def started(script: Callable[[Exchange], None]) -> str:
+        numbers = count()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                # A client that has had enough closes its end.
+                with suppress(ConnectionError):
+                    script(Exchange(self, next(numbers), stopping))
+
+            def log_message(self, *_: object) -> None: ...
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads, server.block_on_close = True, False
+        servers.append(server)
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield started
+    stopping.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture(autouse=True)

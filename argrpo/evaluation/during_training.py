@@ -27,7 +27,10 @@ from argrpo.model_paths import blamed_on, named_within, resolve_path
 from argrpo.models.vq import VQTokenizer
 from argrpo.pixels import seen_by_judges
 from argrpo.reward_config import RewardConfig
-from argrpo.rewards.protocols import DistributionReward, Reward
+from argrpo.rewards.background_loop import BackgroundLoop
+from argrpo.rewards.lanes import Judge
+from argrpo.rewards.pool import Asking, Scoring
+from argrpo.rewards.protocols import DistributionReward
 from argrpo.rewards.registry import make_reward
 
 
@@ -69,6 +72,7 @@ class Evaluation:
         with _own_randomness(device):
             self._judges = [_judge(judge, device, config.cache_dir) for judge in settings.judges]
             self._measures = _set_measures(config, device)
+        self._asking = Asking(BackgroundLoop(), config.judging.deadline_s)
         names = [judge.name for judge in self._judges]
         if len(set(names)) < len(names):
             raise ValueError(
@@ -100,8 +104,11 @@ class Evaluation:
             A value for each of `names`, NaN where nothing could be measured; and eval/seconds.
         """
         started = time.perf_counter()
-        with _own_randomness(self._device):
-            looks = [self._look(engine, tokenizer, view.params) for view in self._views]
+        try:
+            with _own_randomness(self._device):
+                looks = [self._look(engine, tokenizer, view.params) for view in self._views]
+        finally:
+            self._asking.close(self._judges)
         if not self._base:
             self._base = [look.scores for look in looks]
         metrics: dict[str, float] = {}
@@ -141,13 +148,12 @@ class Evaluation:
         return {name: distance_within(rows, self._groups) for name, rows in found.items()}
 
     def _score(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
-        columns = [judge(images, prompts).float().cpu() for judge in self._judges]
-        for judge, column in zip(self._judges, columns, strict=True):
-            if column.shape != (len(prompts),):
-                raise ValueError(
-                    f"eval.judges.{judge.name}: expected scores of shape [{len(prompts)}], "
-                    f"got {list(column.shape)}"
-                )
+        scoring = Scoring(self._judges, prompts, self._asking)
+        scoring.add(images)
+        try:
+            columns = [outcome.answer.scores for outcome in scoring.finish()]
+        except ValueError as error:
+            raise ValueError(str(error).replace("rewards.", "eval.judges.", 1)) from error
         return torch.stack(columns, dim=1) if columns else torch.empty(len(prompts), 0)
 
     def _judged(self, scores: Tensor, base: Tensor) -> dict[str, float]:
@@ -200,7 +206,7 @@ def _views(scales: list[float], drawn: SamplingParams) -> list[_View]:
     return views
 
 
-def _judge(config: RewardConfig, device: torch.device, cache_dir: str | None) -> Reward:
+def _judge(config: RewardConfig, device: torch.device, cache_dir: str | None) -> Judge:
     try:
         judge = make_reward(config, device, cache_dir)
     except (ValueError, FileNotFoundError) as error:

@@ -1,11 +1,17 @@
-"""The two kinds of judges.
+"""The kinds of judges.
 
-Both take the whole batch as one tensor and return raw scores, without weights: weights live in the
-config. A judge that fails for an image returns NaN for it, never a made-up number.
+All take a batch as one tensor and return raw scores, without weights: weights live in the config. A
+judge that fails for an image returns NaN for it, never a made-up number.
+
+A judge is a `Reward`, a `RemoteReward` or a `DistributionReward`. What else it can do it says by
+the members of the smaller protocols, which are optional.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
@@ -19,6 +25,74 @@ class Reward(Protocol):
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN = not scored."""
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # eq would compare tensors
+class Answer:
+    """What a judge said of some images, and what it took."""
+
+    scores: Tensor  # [n] fp32, NaN = not scored
+    num_failures: int = 0  # images that it should have scored and did not
+    num_retries: int = 0  # requests that were sent again
+    problem: str | None = None  # of the last failure, in words
+
+    @classmethod
+    def none(cls, count: int, problem: str, num_retries: int = 0) -> "Answer":
+        """Not one of `count` images is scored."""
+        return cls(torch.full((count,), torch.nan), count, num_retries, problem)
+
+    @classmethod
+    def of(cls, scores: Tensor) -> "Answer":
+        """Scores as they are; each NaN is a failure. Waits for the device."""
+        failures = int(scores.isnan().sum())
+        problem = f"NaN for {failures} of {len(scores)} images" if failures else None
+        return cls(scores, failures, 0, problem)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Answer"]) -> "Answer":
+        """Answers about consecutive images, as one."""
+        problems = [part.problem for part in parts if part.problem is not None]
+        return cls(
+            torch.cat([part.scores.float() for part in parts]),
+            sum(part.num_failures for part in parts),
+            sum(part.num_retries for part in parts),
+            problems[-1] if problems else None,
+        )
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A `Reward` that tells what it failed to score from what it does not apply to."""
+
+    def answer(self, images: Tensor, prompts: list[Prompt]) -> Answer:
+        """As a call."""
+        ...
+
+
+@runtime_checkable
+class RemoteReward(Protocol):
+    """Scores images one by one, somewhere else: it waits more than it works."""
+
+    name: str
+
+    async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
+        """[n, 3, H, W] on the CPU in [0, 1] and n prompts -> what was answered.
+
+        Called from a thread of its own, and again before the last call has ended.
+        """
+        ...
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """A judge that looks at images in stretches, from the first one on.
+
+    It may be called for one stretch after the other, as soon as its images are there, and then says
+    the same to the bit. A judge without this is called once a step, for all images.
+    """
+
+    reward_batch: int
+    """Images of a stretch."""
 
 
 @runtime_checkable
@@ -45,10 +119,35 @@ class DistributionReward(Protocol):
 
 @runtime_checkable
 class Measuring(Protocol):
-    """A distribution reward that has more to say than its scores."""
+    """A judge that has more to say than its scores."""
 
     def metrics(self) -> dict[str, float]:
         """Numbers about the images scored last, logged as rewards/NAME/KEY."""
+        ...
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A `RemoteReward` that holds connections."""
+
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """A judge whose weights may leave the device between steps."""
+
+    def rest(self) -> None:
+        """Called when a step's images are scored; the next call brings the weights back."""
+        ...
+
+
+@runtime_checkable
+class Tabling(Protocol):
+    """A judge that keeps something about each image for a table."""
+
+    def extras(self) -> dict[str, list[Any]]:
+        """Columns of JSON values since it was asked last."""
         ...
 
 
@@ -57,3 +156,20 @@ class Restorable(Protocol):
     """A distribution reward that goes on where its `state_dict` was taken."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepContext:
+    """What is known of a step's images beside themselves."""
+
+    step: int = 0  # 1-based, of the step that is under way
+    num_steps: int = 1
+    token_ids: Tensor | None = None  # [N, T] int64; None where images were not drawn here
+
+
+@runtime_checkable
+class ContextReward(Protocol):
+    """A judge that wants to know more of a step than images and prompts; it is called once a step,
+    right after this."""
+
+    def see(self, context: StepContext) -> None: ...

@@ -18,7 +18,7 @@ reward_quantize).
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
-from argrpo.rewards.protocols import Reward
+from argrpo.rewards.protocols import Answer, Closing, RemoteReward, Resting, Reward
 
 STEP_OPTIONS = ("thresholds", "values", "bins", "low", "high", "lowest", "highest")
 """Of the map; all others are the judge's."""
@@ -53,6 +53,33 @@ class QuantizedReward:
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN = not scored."""
         return self._steps(self._judge(images, prompts))
+
+    def rest(self) -> None:
+        """Off the device until it is asked again, where the judge is to be offloaded."""
+        if isinstance(self._judge, Resting):
+            self._judge.rest()
+
+
+class QuantizedRemoteReward:
+    """A judge behind a server, through a map; arguments as of `QuantizedReward`."""
+
+    def __init__(self, judge: RemoteReward, steps: Steps, name: str) -> None:
+        self.name = name
+        self.reward_batch: int = getattr(judge, "reward_batch", sys.maxsize)
+        self._judge = judge
+        self._steps = steps
+
+    async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
+        """As the judge, with its scores mapped; one that the map has no value for is a failure."""
+        answer = await self._judge.ask(images, prompts)
+        scores = self._steps(answer.scores)
+        lost = int((scores.isnan() & ~answer.scores.isnan()).sum())
+        return replace(answer, scores=scores, num_failures=answer.num_failures + lost)
+
+    async def close(self) -> None:
+        """Let go of open connections."""
+        if isinstance(self._judge, Closing):
+            await self._judge.close()
 
 
 def make_steps(options: Mapping[str, Any]) -> Steps:

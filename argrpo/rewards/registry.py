@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from argrpo.data import Prompt
 from argrpo.model_paths import named_within, resolve_path
 from argrpo.reward_config import RewardConfig
-from argrpo.rewards.protocols import DistributionReward, Reward
+from argrpo.rewards.callables import function_reward
+from argrpo.rewards.lanes import Judge
+from argrpo.rewards.protocols import DistributionReward, RemoteReward
 from argrpo.rewards.sharing import SharedNetworks
 
 REWARDS = {
@@ -26,6 +26,10 @@ REWARDS = {
     "pickscore": "argrpo.rewards.clip:PickScoreReward",
     "aesthetic": "argrpo.rewards.aesthetic:AestheticReward",
     "loo_fid": "argrpo.rewards.loo_fid:LooFidReward",
+    "server": "argrpo.rewards.reward_server:ServerReward",
+    "deqa": "argrpo.rewards.reward_server:DeqaReward",
+    "geneval": "argrpo.rewards.reward_server:GenevalReward",
+    "imagereward": "argrpo.rewards.reward_server:ImageRewardServer",
 }
 
 
@@ -37,11 +41,11 @@ def make_reward(
     device: torch.device,
     cache_dir: str | None,
     shared: SharedNetworks | None = None,
-) -> Reward | DistributionReward:
-    """The judge that a config names, of one of the two kinds of rewards/protocols.py.
+) -> Judge:
+    """The judge that a config names, of one of the kinds of rewards/protocols.py.
 
     A name of `REWARDS`, or module:class, is built with the options (and the device, if it takes
-    one). module:function is the judge itself, a function of (images, prompts), without options.
+    one). module:function is the judge itself, as rewards/callables.py calls it, without options.
     Options that start with digits: stand for files of the embedded task. Judges that are made with
     the same `shared` load the networks that they have in common once.
 
@@ -59,14 +63,14 @@ def make_reward(
                 f"rewards.{config.name}.options: expected none for a function, "
                 f"got {', '.join(config.options)}"
             )
-        return _FunctionReward(config.name, named)
+        return function_reward(config.name, named)
     options = {key: _resolved(value, cache_dir) for key, value in config.options.items()}
     taken = inspect.signature(named).parameters
     for key, value in (("device", device), ("shared", shared)):
         if key in taken:
             options.setdefault(key, value)
     _check_options(config.name, options, taken)
-    judge: Reward | DistributionReward = named(**options)
+    judge: Judge = named(**options)
     return judge
 
 
@@ -76,8 +80,13 @@ def _make_quantized(
     device: torch.device,
     cache_dir: str | None,
     shared: SharedNetworks,
-) -> Reward:
-    from argrpo.rewards.quantize import STEP_OPTIONS, QuantizedReward, make_steps
+) -> Judge:
+    from argrpo.rewards.quantize import (
+        STEP_OPTIONS,
+        QuantizedRemoteReward,
+        QuantizedReward,
+        make_steps,
+    )
 
     options = dict(config.options)
     name = options.pop("name", None)
@@ -89,18 +98,10 @@ def _make_quantized(
         raise ValueError(
             f"rewards.name: expected a judge of single images to quantize, got {inner}"
         )
-    return QuantizedReward(judge, steps, name or f"{judge.name}_quantized")
-
-
-class _FunctionReward:
-    """A plain function of (images, prompts) as a judge."""
-
-    def __init__(self, name: str, function: Callable[[Tensor, list[Prompt]], Tensor]) -> None:
-        self.name = name
-        self._function = function
-
-    def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
-        return torch.as_tensor(self._function(images, prompts), dtype=torch.float32)
+    name = name or f"{judge.name}_quantized"
+    if isinstance(judge, RemoteReward):
+        return QuantizedRemoteReward(judge, steps, name)
+    return QuantizedReward(judge, steps, name)
 
 
 def _load(name: str) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """All judges of a run at once, and what their scores amount to."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,18 @@ from argrpo.config import TrainConfig
 from argrpo.data import Prompt
 from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.reward_config import AdvantageConfig, RewardConfig
-from argrpo.rewards.protocols import DistributionReward, Measuring, Restorable, Reward
+from argrpo.rewards.background_loop import BackgroundLoop
+from argrpo.rewards.lanes import Judge, Outcome
+from argrpo.rewards.pool import Asking, Scoring
+from argrpo.rewards.protocols import (
+    DistributionReward,
+    Measuring,
+    Restorable,
+    StepContext,
+    Tabling,
+)
 from argrpo.rewards.registry import make_reward
 from argrpo.rewards.sharing import SharedNetworks
-
-Judge = Reward | DistributionReward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +35,8 @@ class Scores:
     monitor_names: list[str]
     weights: Tensor  # [R] fp32
     is_distribution: Tensor  # [R] bool: scored as part of all images, not one by one
-    measured: dict[str, float]  # what distribution rewards say beside their scores, by log name
+    measured: dict[str, float]  # what else judges say, and what they took, by log name
+    outcomes: list[Outcome]  # of all judges that were asked
     config: AdvantageConfig
     weigh_first: bool  # see ParityConfig.weights_before_normalization
 
@@ -77,40 +86,74 @@ class Judges:
     ) -> None:
         """`ranges` is told which judge is at work."""
         self._config = config
-        self._ranges = ranges
         self._shared = SharedNetworks()
+        self._asking = Asking(BackgroundLoop(), config.judging.deadline_s, ranges)
         self._rewards = [self._make(judge, device) for judge in config.rewards]
         self._monitors = [self._make(judge, device) for judge in config.monitors]
         self._weights = torch.tensor([judge.weight for judge in config.rewards])
-        names = [judge.name for judge in [*self._rewards, *self._monitors]]
+        names = [judge.name for judge in self._all()]
         if len(set(names)) < len(names):
             raise ValueError(
                 "rewards: expected each judge to be logged under a name of its own, got "
                 f"{', '.join(names)}; give one the option name, or take it out"
             )
 
-    def score(self, images: Tensor, prompts: list[Prompt], *, with_monitors: bool) -> Scores:
-        """Raw scores of N images.
+    def begin(
+        self, prompts: list[Prompt], *, with_monitors: bool, context: StepContext | None = None
+    ) -> Scoring:
+        """All judges, ready for the images of N prompts. `finish` takes it back.
+
+        Args:
+            prompts: N, those of the images.
+            with_monitors: ask the judges that only measure, too.
+            context: of the step, for judges that ask.
+        """
+        judges = self._all() if with_monitors else self._rewards
+        return Scoring(judges, prompts, self._asking, context)
+
+    def finish(self, scoring: Scoring) -> Scores:
+        """What the judges said of all images that were added.
 
         Raises:
-            ValueError: a judge returned another shape than [N].
+            ValueError: a judge returned another shape than that of its images.
+            torch.OutOfMemoryError: a local judge did not fit, named.
+            Exception: whatever a judge of the caller's raises.
         """
-        monitors = self._monitors if with_monitors else []
+        outcomes = scoring.finish()
+        count = len(self._rewards)
+        asked = outcomes[:count], outcomes[count:]
+        monitors = self._monitors[: len(asked[1])]
         are_distribution = [isinstance(judge, DistributionReward) for judge in self._rewards]
         return Scores(
-            values=_scored(self._rewards, images, prompts, self._ranges),
-            monitored=_scored(monitors, images, prompts, self._ranges),
-            names=[judge.name for judge in self._rewards],
-            monitor_names=[judge.name for judge in monitors],
+            values=_columns(asked[0], scoring.num_images),
+            monitored=_columns(asked[1], scoring.num_images),
+            names=[outcome.name for outcome in asked[0]],
+            monitor_names=[outcome.name for outcome in asked[1]],
             weights=self._weights,
             is_distribution=torch.tensor(are_distribution),
+            outcomes=outcomes,
             measured={
-                **_measured("rewards", self._rewards),
-                **_measured("monitors", monitors),
+                **_measured("rewards", self._rewards, asked[0]),
+                **_measured("monitors", monitors, asked[1]),
             },
             config=self._config.advantage,
             weigh_first=self._config.parity.weights_before_normalization,
         )
+
+    def score(self, images: Tensor, prompts: list[Prompt], *, with_monitors: bool) -> Scores:
+        """Raw scores of N images; raises as `finish`."""
+        scoring = self.begin(prompts, with_monitors=with_monitors)
+        scoring.add(images)
+        return self.finish(scoring)
+
+    def close(self) -> None:
+        """Let go of servers. Judges can be asked again."""
+        self._asking.close(self._all())
+
+    def extras(self) -> dict[str, dict[str, list[Any]]]:
+        """What judges kept for a table, by name and column, since they were asked last."""
+        found = {judge.name: judge.extras() for judge in self._all() if isinstance(judge, Tabling)}
+        return {name: columns for name, columns in found.items() if columns}
 
     def update(self) -> None:
         """Move the state of distribution rewards, once a step, after its images were learned."""
@@ -143,33 +186,24 @@ class Judges:
             judge.load_state_dict(own)
 
     def _distribution_rewards(self) -> list[DistributionReward]:
-        judges = [*self._rewards, *self._monitors]
-        return [judge for judge in judges if isinstance(judge, DistributionReward)]
+        return [judge for judge in self._all() if isinstance(judge, DistributionReward)]
+
+    def _all(self) -> list[Judge]:
+        return [*self._rewards, *self._monitors]
 
     def _make(self, judge: RewardConfig, device: torch.device) -> Judge:
         return make_reward(judge, device, self._config.cache_dir, self._shared)
 
 
-@torch.no_grad()
-def _scored(judges: list[Judge], images: Tensor, prompts: list[Prompt], ranges: Ranges) -> Tensor:
-    columns = []
-    for judge in judges:
-        score = judge.score if isinstance(judge, DistributionReward) else judge
-        with ranges(f"reward {judge.name}"):
-            scores = score(images, prompts)
-        if scores.shape != (len(prompts),):
-            raise ValueError(
-                f"rewards.{judge.name}: expected scores of shape [{len(prompts)}], "
-                f"got {list(scores.shape)}"
-            )
-        columns.append(scores.float().cpu())
-    return torch.stack(columns, dim=1) if columns else torch.empty(len(prompts), 0)
+def _columns(outcomes: list[Outcome], num_images: int) -> Tensor:
+    if not outcomes:
+        return torch.empty(num_images, 0)
+    return torch.stack([outcome.answer.scores for outcome in outcomes], dim=1)
 
 
-def _measured(prefix: str, judges: list[Judge]) -> dict[str, float]:
-    return {
-        f"{prefix}/{judge.name}/{key}": value
-        for judge in judges
-        if isinstance(judge, DistributionReward) and isinstance(judge, Measuring)
-        for key, value in judge.metrics().items()
-    }
+def _measured(prefix: str, judges: list[Judge], outcomes: list[Outcome]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for judge, outcome in zip(judges, outcomes, strict=True):
+        own = judge.metrics() if isinstance(judge, Measuring) else {}
+        found |= {f"{prefix}/{judge.name}/{k}": v for k, v in (outcome.metrics() | own).items()}
+    return found

@@ -25,6 +25,7 @@ from argrpo.learner import NonFiniteError
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
+from argrpo.rewards.failure_watch import JudgesUnavailableError
 from argrpo.sampling import SampleConfig
 from argrpo.trainer import Trainer
 
@@ -255,6 +256,7 @@ def test_a_disk_that_fills_up_is_the_machines_fault_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("error", "code"),
     [
+        (JudgesUnavailableError("rewards.deqa: expected scores, got none"), 69),
         (NonFiniteError("grad_norm: expected a finite number"), 70),
         (torch.OutOfMemoryError("memory: 3 GB wanted"), 74),
         (PermissionError(13, "Permission denied"), 74),
@@ -351,7 +353,8 @@ def test_the_help_lists_the_commands_that_stand_and_no_other(
 
 
 def test_the_exit_codes_of_the_documentation_are_those_of_the_code() -> None:
-    codes = {cli.DONE, cli.BUG, cli.WRONG_INPUT, cli.NOT_FINITE, cli.MACHINE, cli.STOPPED}
+    codes = {cli.DONE, cli.BUG, cli.WRONG_INPUT, cli.NO_JUDGE, cli.NOT_FINITE, cli.MACHINE}
+    codes |= {cli.STOPPED}
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for code in codes:
         assert f"\n    {code} " in (cli.__doc__ or "")

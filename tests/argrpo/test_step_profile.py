@@ -111,7 +111,9 @@ def test_a_trace_names_every_part_of_the_steps_that_were_asked_for(
     assert trainer.profile.trace_path == path
     assert [child.name for child in path.parent.iterdir()] == [path.name], "no half-written file"
     expected = {
-        "step": 2, "rollout": 2, "decode": 2, "reward": 2, f"reward {REWARD}": 2, "logprob": 2,
+        "step": 2, "decode": 2,
+        "rollout": 4, "reward": 4,  # once for the images, once to see that they are all
+        f"reward {REWARD}": 2, "logprob": 2,
         "reference": 2, "update": 2, "optimizer": 2,
         "forward": 4, "backward": 4,  # micro-batches of 2 of 4 images
         "prefill": 3, "admit": 3, "decode[1..15]": 3,  # the draw of the last samples too

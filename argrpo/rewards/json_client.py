@@ -1,0 +1,205 @@
+"""JSON requests to a judge's server, with bounded patience.
+
+A request is sent again where the transport failed, or the server said 408, 429 or 5xx: those may
+pass. Anything else is an answer, if a useless one, and a second one would cost as much. What the
+server says is read as JSON and as nothing else: a reward server cannot run code here.
+"""
+
+import asyncio
+import json
+import math
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+_PASSING = (408, 429)
+_MAX_BACKOFF_S = 30.0
+_QUOTED = 200  # characters of a useless answer that a message shows
+
+
+class RequestError(RuntimeError):
+    """A request that got no answer, or none that can be used."""
+
+    def __init__(self, problem: str, num_retries: int = 0) -> None:
+        super().__init__(problem)
+        self.num_retries = num_retries
+
+
+class Reply(NamedTuple):
+    """A server's answer."""
+
+    value: Any  # what the JSON holds
+    num_retries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """How a judge's server is spoken to."""
+
+    timeout_s: float = 60.0
+    """Seconds of one attempt, from the first byte sent to the last one read."""
+
+    max_retries: int = 3
+    """Attempts after the first."""
+
+    backoff_s: float = 0.5
+    """Before the first retry, doubled before each further one; a random half of it is left off, so
+    that requests that failed together do not come back together. Retry-After goes before it."""
+
+    max_connections: int = 64
+    """Requests under way at a time."""
+
+    api_key_file: str | None = None
+    """A file whose text is sent as a bearer token; the key itself would be saved with the run."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None, place: str) -> "Connection":
+        """From the option `connection` of a judge.
+
+        Raises:
+            ValueError: an unknown key or a value out of range, named under `place`.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options or {}) - set(known))
+        if unknown:
+            raise ValueError(f"{place}: expected some of {', '.join(known)}, got {unknown[0]}")
+        connection = cls(**(options or {}))
+        for name, least in (("max_retries", 0), ("max_connections", 1)):
+            if getattr(connection, name) < least:
+                raise ValueError(
+                    f"{place}.{name}: expected at least {least}, got {getattr(connection, name)}"
+                )
+        if not 0 < connection.timeout_s < math.inf:
+            raise ValueError(
+                f"{place}.timeout_s: expected a finite number above 0, got {connection.timeout_s}"
+            )
+        if connection.backoff_s < 0:
+            raise ValueError(f"{place}.backoff_s: expected at least 0, got {connection.backoff_s}")
+        return connection
+
+    def headers(self, place: str) -> dict[str, str]:
+        """What every request says of who sends it."""
+        if self.api_key_file is None:
+            return {}
+        path = Path(self.api_key_file).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{place}.api_key_file: expected a file with the key, got {path}"
+            )
+        return {"Authorization": f"Bearer {path.read_text(encoding='utf-8').strip()}"}
+
+
+class JsonClient:
+    """Posts JSON to one address. Used from one event loop at a time."""
+
+    def __init__(self, url: str, connection: Connection, *, place: str) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            url: where to post, http or https.
+            connection: how.
+            place: of the judge's options, for messages.
+
+        Raises:
+            ValueError: no such kind of address.
+            FileNotFoundError: the key is not there.
+        """
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{place}.url: expected http://... or https://..., got {url!r}")
+        self.url = url
+        self._connection = connection
+        self._headers = {"Content-Type": "application/json", **connection.headers(place)}
+        # Not the global generators: judges must not move what a run draws from.
+        self._random = random.Random()
+        self._client: httpx.AsyncClient | None = None
+        self._room = asyncio.Semaphore(connection.max_connections)
+
+    async def post(self, body: object) -> Reply:
+        """Send a request until it is answered, or patience ends.
+
+        Raises:
+            RequestError: there is no answer to use.
+        """
+        content = json.dumps(body).encode()
+        async with self._room:
+            for attempt in range(self._connection.max_retries + 1):
+                problem, wait_s = "", None
+                try:
+                    async with asyncio.timeout(self._connection.timeout_s):
+                        response = await self._session().post(self.url, content=content)
+                except TimeoutError:
+                    problem = f"no answer within {self._connection.timeout_s:g} s"
+                except httpx.TransportError as error:
+                    problem = f"{type(error).__name__} {error}".strip()
+                else:
+                    if response.status_code == 200:
+                        return Reply(_parsed(response, self.url, attempt), attempt)
+                    problem = f"HTTP {response.status_code}: {_quoted(response.text)}"
+                    if response.status_code not in _PASSING and response.status_code < 500:
+                        raise RequestError(f"{self.url}: {problem}", attempt)
+                    wait_s = retry_after(response.headers.get("Retry-After"), time.time())
+                if attempt < self._connection.max_retries:
+                    await asyncio.sleep(self._backoff(attempt) if wait_s is None else wait_s)
+        raise RequestError(f"{self.url}: {problem}", self._connection.max_retries)
+
+    async def close(self) -> None:
+        """Let go of open connections; the next request opens others."""
+        client, self._client = self._client, None
+        self._room = asyncio.Semaphore(self._connection.max_connections)
+        if client is not None:
+            await client.aclose()
+
+    def _session(self) -> httpx.AsyncClient:
+        if self._client is None:
+            count = self._connection.max_connections
+            self._client = httpx.AsyncClient(
+                headers=self._headers,
+                # Attempts have one limit over all, so that a server that drips cannot stretch it.
+                timeout=None,
+                limits=httpx.Limits(max_connections=count, max_keepalive_connections=count),
+                # The environment is read in cli.py alone; proxies and .netrc are of it.
+                trust_env=False,
+            )
+        return self._client
+
+    def _backoff(self, attempt: int) -> float:
+        longest = min(self._connection.backoff_s * 2.0**attempt, _MAX_BACKOFF_S)
+        return longest * self._random.uniform(0.5, 1.0)
+
+
+def retry_after(header: str | None, now: float) -> float | None:
+    """Seconds that a server asks to be left alone, at least 0; None where it says nothing of use.
+
+    Args:
+        header: the value of Retry-After, seconds or a date.
+        now: seconds since the epoch.
+    """
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - now
+        except ValueError:
+            return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+def _parsed(response: httpx.Response, url: str, num_retries: int) -> Any:
+    try:
+        return json.loads(response.content)
+    except ValueError as error:
+        problem = f"expected JSON, got {_quoted(response.text)} ({error})"
+        raise RequestError(f"{url}: {problem}", num_retries) from error
+
+
+def _quoted(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _QUOTED else f"{flat[:_QUOTED]}..."
