@@ -205,7 +205,7 @@ def _exit_code(error: Exception, is_running: bool) -> int:
     like wrong input is a bug, of argrpo or of a judge."""
     import torch
 
-    from argrpo.learner import NonFiniteError
+    from argrpo.non_finite import NonFiniteError
     from argrpo.rewards.failure_watch import JudgesUnavailableError
     from argrpo.run_folder import StorageError
 

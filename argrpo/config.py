@@ -12,6 +12,7 @@ from argrpo.data_config import DataConfig
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.entropy_control import EntropyConfig
 from argrpo.eval_config import EvalConfig
+from argrpo.fault_config import FaultConfig
 from argrpo.judging_config import JudgingConfig
 from argrpo.learner_config import ParityConfig, ReferenceConfig
 from argrpo.model_config import PolicyConfig, TokenizerConfig
@@ -28,7 +29,7 @@ class TrainConfig:
     """A whole run."""
 
     output_dir: str
-    """Folder of the run; must not hold another one."""
+    """Folder of the run; must not hold another one, unless that is resumed."""
 
     policy: PolicyConfig
     """The model that is tuned."""
@@ -119,6 +120,9 @@ class TrainConfig:
 
     output: OutputConfig = field(default_factory=OutputConfig)
     """What the run leaves behind."""
+
+    fault: FaultConfig = field(default_factory=FaultConfig)
+    """What is done about numbers that are none, and about standing still."""
 
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """Which steps are traced."""

@@ -10,83 +10,61 @@ Shapes: N images of a step, m images of a micro-batch, T tokens of an image.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from argrpo.advantages import Advantages
 from argrpo.config import TrainConfig
+from argrpo.draw_gap import draw_difference, draw_ratio
 from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.experience import Experience, FixedLogprobs
-from argrpo.head_gradients import LearnedBatch, backward
-from argrpo.loss_batch import LossBatch
-from argrpo.loss_metrics import LossMetrics
 from argrpo.models.image_policy import ImagePolicy
-from argrpo.optimizer import MasterAdamW
+from argrpo.non_finite import RefusedUpdate
+from argrpo.policy_update import PolicyUpdate
 from argrpo.reference import Reference
-from argrpo.schedules import learning_rate
-from argrpo.token_scores import (
-    TokensToScore,
-    head_inputs,
-    scored,
-    tokens_to_score,
-    with_null_labels,
-)
+from argrpo.state_names import part_of, with_prefixes
+from argrpo.step_progress import StepProgress
+from argrpo.token_scores import TokensToScore, tokens_to_score
 from argrpo.weight_average import WeightAverage
 
 _CONDITIONAL = SamplingParams()
-
-
-class NonFiniteError(RuntimeError):
-    """A gradient is not a finite number; the weights are those of the step before."""
-
-
-class _Update(NamedTuple):
-    """One optimizer step."""
-
-    rows: Tensor  # [n] its images
-    logprobs: Tensor  # [n, T] fp32, before it
-    metrics: LossMetrics
-    grad_norm: float
 
 
 class Learner:
     """Holds what moves the policy: the objective, the reference, the optimizer."""
 
     def __init__(
-        self, policy: ImagePolicy, config: TrainConfig, ranges: Ranges = no_ranges
+        self,
+        policy: ImagePolicy,
+        config: TrainConfig,
+        ranges: Ranges = no_ranges,
+        unbroken: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """The reference is the policy as it is now; without a KL there is none.
 
-        `ranges` is told of reference, forward, backward and optimizer.
+        Args:
+            policy: read by the engine, moved here.
+            config: the run.
+            ranges: told of reference, forward, backward and optimizer.
+            unbroken: holds back what would end the run while state changes.
         """
         self._policy = policy
         self._ranges = ranges
+        self._unbroken = unbroken
         self._config = config
         policy.checkpoints_layers = config.gradient_checkpointing
         policy.attention = config.policy.attention
         policy.end_sees_itself = _end_sees_itself(policy, config)
         has_kl = config.objective.beta > 0
         self._reference = Reference(policy, config.reference) if has_kl else None
-        self._optimizer = MasterAdamW(
-            policy.named_parameters(),
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            max_grad_norm=config.optimizer.max_grad_norm,
-            fp32_masters=not config.parity.bf16_masters,
-        )
-        self._head_name = next(
-            name for name, weight in policy.named_parameters() if weight is policy.head_weight
-        )
         decay = config.weight_ema
         self._average = None if decay is None else WeightAverage(policy, decay)
-        self._dropout = torch.Generator().manual_seed(config.seed)
-        self._num_optimizer_steps = 0
+        self._update = PolicyUpdate(policy, config, ranges)
 
     @property
     def wants_support(self) -> bool:
@@ -104,7 +82,7 @@ class Learner:
         reference = None
         if self._reference is not None:
             with self._ranges("reference"), self._reference.on_device() as model:
-                reference = scored(model, tokens, self._config.micro_batch).logprobs
+                reference = self._update.scored(model, tokens).logprobs
         return FixedLogprobs(tokens, self._before_updates(rollout, tokens), reference)
 
     @torch.no_grad()
@@ -136,6 +114,7 @@ class Learner:
         *,
         entropy_coef: float | Tensor | None = None,
         entropy_rule: Callable[[float], float] | None = None,
+        progress: StepProgress | None = None,
     ) -> dict[str, float]:
         """All optimizer steps on the same images.
 
@@ -146,6 +125,7 @@ class Learner:
                 for each image.
             entropy_rule: mean token entropy in nats -> the coefficient, for the images at each
                 place of their groups, in place of `entropy_coef`; see `ParityConfig`.
+            progress: of the same step, to go on from; tells how far it is while it goes.
 
         Returns:
             Metrics of the last pass over the images, except how far the draw's log-probs lie from
@@ -154,26 +134,57 @@ class Learner:
         Raises:
             NonFiniteError: a gradient is not finite; the weights are as before.
         """
-        metrics = self._policy_entropy(experience.tokens)
-        for epoch in range(self._config.inner_epochs):
-            updates = []
-            for rows in self._minibatches(len(experience)):
-                if entropy_rule is not None:
-                    entropy_coef = self._by_completion(experience.tokens, rows, entropy_rule)
-                    metrics["entropy/coef"] = entropy_coef[rows].mean().item()
-                updates.append(self._update(experience, rows, step, entropy_coef))
-            if epoch == 0:
-                metrics |= _draw_mismatch(experience.rollout, updates[0])
-        if self._reference is not None:
-            self._reference.after_step(step + 1, self._policy)
-        if self._average is not None:
-            self._average.update()
+        done = progress or StepProgress()
+        if done.num_updates == 0:
+            done.metrics |= self._policy_entropy(experience.tokens)
+        minibatches = self._minibatches(len(experience))
+        for number in range(done.num_updates, self._config.updates_per_step):
+            rows = minibatches[number % len(minibatches)]
+            if entropy_rule is not None:
+                entropy_coef = self._by_completion(experience.tokens, rows, entropy_rule)
+                done.metrics["entropy/coef"] = entropy_coef[rows].mean().item()
+            self._move(experience, rows, step, entropy_coef, done)
+        self._finish_step(step, done)
         return {
-            **self._measured(updates, experience),
-            **metrics,
-            "learning_rate": self._learning_rate(step),
-            "optimizer_step": float(self._num_optimizer_steps),
+            **self._measured(done, experience.tokens),
+            **done.metrics,
+            "learning_rate": self._update.learning_rate(step),
+            "optimizer_step": float(self._update.num_optimizer_steps),
         }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs besides the policy's own weights and a frozen reference.
+
+        update.*, average.* and reference.* (of one that follows the policy); not copies.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"update": self._update.state_dict()}
+        if self._average is not None:
+            parts["average"] = self._average.state_dict()
+        if self._reference is not None and not self._reference.is_frozen:
+            parts["reference"] = self._reference.state_dict()
+        return with_prefixes(parts)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up where `state_dict` was read; the policy has its weights already.
+
+        Raises:
+            ValueError: something is missing, unknown, or of another shape.
+        """
+        self._update.load_state_dict(part_of(state, "update"))
+        if self._average is not None:
+            self._average.load_state_dict(part_of(state, "average"))
+        if self._reference is not None and not self._reference.is_frozen:
+            self._reference.load_state_dict(part_of(state, "reference"))
+
+    @property
+    def frozen_reference(self) -> Reference | None:
+        """The reference, where it stays what it was at the start of the run."""
+        reference = self._reference
+        return reference if reference is not None and reference.is_frozen else None
+
+    def discard(self) -> None:
+        """Forget the gradients since the last optimizer step."""
+        self._update.discard()
 
     def _before_updates(self, rollout: Rollout, tokens: TokensToScore) -> Tensor | None:
         """[N, T] log-probs that ratios compare with; None: each pass is its own."""
@@ -182,14 +193,14 @@ class Learner:
             return None
         if config.objective.old_logprobs == "draw":
             return rollout.logprobs
-        return scored(self._policy, self._trained(tokens), config.micro_batch).logprobs
+        return self._update.scored(self._policy, self._update.trained(tokens)).logprobs
 
     def _by_completion(
         self, tokens: TokensToScore, rows: Tensor, rule: Callable[[float], float]
     ) -> Tensor:
         """[N] coefficients of the images of an optimizer step, by their places in their groups."""
         group = self._config.images_per_prompt
-        entropies = scored(self._policy, tokens.rows(rows), self._config.micro_batch).entropies
+        entropies = self._update.scored(self._policy, tokens.rows(rows)).entropies
         of_places = entropies.mean(dim=1).view(-1, group).mean(dim=0).tolist()
         coefficients = entropies.new_zeros(len(tokens.token_ids))
         coefficients[rows] = entropies.new_tensor([rule(h) for h in of_places]).repeat(
@@ -197,76 +208,52 @@ class Learner:
         )
         return coefficients
 
-    def _update(
-        self, experience: Experience, rows: Tensor, step: int, entropy_coef: Tensor | float | None
-    ) -> _Update:
+    def _move(
+        self,
+        experience: Experience,
+        rows: Tensor,
+        step: int,
+        entropy_coef: Tensor | float | None,
+        done: StepProgress,
+    ) -> None:
         """One optimizer step on some images."""
-        config = self._config
-        group = config.images_per_prompt if config.parity.sum_over_group else 1
-        scale = experience.scale(rows, summed=group)
-        tokens = self._trained(experience.tokens)
-        parts = [
-            self._accumulate(tokens.rows(part), experience.batch(part, scale, entropy_coef))
-            for part in rows.split(config.micro_batch)
-        ]
-        metrics = parts[0].metrics
-        for part in parts[1:]:
-            metrics = metrics.merged(part.metrics)
-        # Without a single score only old momentum would move the weights.
-        grad_norm = self._step_optimizer(step) if scale.num_tokens else 0.0
-        return _Update(rows, torch.cat([part.logprobs for part in parts]), metrics, grad_norm)
+        passed = self._update.passes(experience, rows, entropy_coef)
+        if done.num_updates == 0:
+            done.metrics |= self._draw_gap(experience.rollout, rows, passed.logprobs)
+        with self._unbroken():
+            norm = self._update.step(passed, step)
+            is_first = done.num_updates % self._config.minibatches == 0
+            done.add(passed.losses, norm, starts_pass=is_first)
+            if not math.isfinite(norm):
+                refused = RefusedUpdate(rows, norm)
+                done.refused.append(refused)
+                self._update.go_on_or_stop(refused, step)
 
-    def _accumulate(self, tokens: TokensToScore, batch: LossBatch) -> LearnedBatch:
-        """Forward and backward of a micro-batch; its gradient adds to that of the step."""
-        with self._ranges("forward"):
-            inputs = head_inputs(self._policy, tokens)
-        # The head's forward pass is in here: it makes gradients where it can.
-        with self._ranges("backward"):
-            done = backward(
-                inputs,
-                self._policy.head_weight,
-                self._optimizer.main_grad(self._head_name),
-                batch,
-                self._config.objective,
-                reversed_clip=self._config.parity.reversed_clip,
-            )
-            self._optimizer.accumulate()
-        return done
+    def _finish_step(self, step: int, done: StepProgress) -> None:
+        """Move what moves once a step."""
+        if done.is_finished:
+            return
+        with self._unbroken():
+            if self._reference is not None:
+                self._reference.after_step(step + 1, self._policy)
+            if self._average is not None:
+                self._average.update()
+            done.is_finished = True
 
-    def _step_optimizer(self, step: int) -> float:
-        with self._ranges("optimizer"):
-            grad_norm = float(self._optimizer.step(self._learning_rate(step)))
-        if not math.isfinite(grad_norm):
-            raise NonFiniteError(
-                f"grad_norm: expected a finite number at step {step + 1}, got {grad_norm}; the "
-                "weights were left as they were. Lower the learning rate, or look at the rewards "
-                "in metrics.jsonl"
-            )
-        self._num_optimizer_steps += 1
-        return grad_norm
+    def _measured(self, done: StepProgress, tokens: TokensToScore) -> dict[str, float]:
+        """Metrics of the last pass over the images."""
+        assert done.losses is not None
+        is_policy = tokens.params == _CONDITIONAL
+        named = done.losses.named(entropy_name="entropy/policy" if is_policy else "entropy/scored")
+        named["loss"] /= len(done.grad_norms)
+        return {**named, "grad_norm": sum(done.grad_norms) / len(done.grad_norms)}
 
-    def _trained(self, tokens: TokensToScore) -> TokensToScore:
-        """What the policy scores, in each pass."""
-        share = self._config.parity.label_dropout
-        return with_null_labels(tokens, self._policy, share, self._dropout) if share else tokens
-
-    def _learning_rate(self, step: int) -> float:
-        config = self._config.optimizer.learning_rate
-        return learning_rate(step, config, num_steps=self._config.num_steps)
-
-    def _measured(self, updates: list[_Update], experience: Experience) -> dict[str, float]:
-        """Metrics of one pass over the images."""
-        merged = updates[0].metrics
-        for update in updates[1:]:
-            merged = merged.merged(update.metrics)
-        is_policy = experience.tokens.params == _CONDITIONAL
-        named = merged.named(entropy_name="entropy/policy" if is_policy else "entropy/scored")
-        named["loss"] /= len(updates)
+    def _draw_gap(self, rollout: Rollout, rows: Tensor, logprobs: Tensor) -> dict[str, float]:
+        gap = draw_difference(rollout, rows, logprobs)
         if self._config.objective.policy == "guided" and self._config.updates_per_step == 1:
             # The ratio to its own pass would be 1; that to the draw says whether they agree.
-            named["ratio_max_abs_dev"] = _draw_ratio(experience.rollout, updates[0])
-        grad_norm = sum(update.grad_norm for update in updates) / len(updates)
-        return {**named, "grad_norm": grad_norm}
+            gap["ratio_max_abs_dev"] = draw_ratio(rollout, rows, logprobs)
+        return gap
 
     def _policy_entropy(self, tokens: TokensToScore) -> dict[str, float]:
         """entropy/policy over the first micro-batch, where the loss measures another entropy."""
@@ -275,7 +262,7 @@ class Learner:
         count = self._config.micro_batch
         first = tokens.rows(torch.arange(len(tokens.token_ids))[:count].to(tokens.token_ids.device))
         conditional = first._replace(params=_CONDITIONAL, support=None)
-        entropies = scored(self._policy, conditional, count).entropies
+        entropies = self._update.scored(self._policy, conditional).entropies
         return {"entropy/policy": entropies.mean().item()}
 
     def _minibatches(self, num_images: int) -> tuple[Tensor, ...]:
@@ -291,21 +278,3 @@ def _end_sees_itself(policy: ImagePolicy, config: TrainConfig) -> bool:
             f"{policy.config.text_padding}"
         )
     return not config.parity.first_token_mask
-
-
-def _draw_mismatch(rollout: Rollout, update: _Update) -> dict[str, float]:
-    """How far the log-probs that were trained on lie from those of the draw."""
-    difference = (update.logprobs - rollout.logprobs[update.rows]).abs().flatten().sort().values
-    last = len(difference) - 1
-    chosen = difference[[last // 2, last * 99 // 100, last]]
-    values = torch.cat([difference.mean()[None], chosen]).tolist()
-    names = ("mean", "p50", "p99", "max")
-    return {
-        f"sampling/sampling_logp_difference/{name}": value
-        for name, value in zip(names, values, strict=True)
-    }
-
-
-def _draw_ratio(rollout: Rollout, update: _Update) -> float:
-    """Largest abs(ratio - 1) of the policy that trains to the one that drew."""
-    return (update.logprobs - rollout.logprobs[update.rows]).expm1().abs().max().item()

@@ -97,6 +97,13 @@ class MasterAdamW:
                 master.grad.add_(parameter.grad)
             parameter.grad = None
 
+    def discard(self) -> None:
+        """Forget the gradients since the last step."""
+        self._unrounded.clear()
+        for name, parameter in self._working.items():
+            parameter.grad = None
+            self._masters[name].grad = None
+
     def main_grad(self, name: str) -> Tensor:
         """The fp32 main gradient of a weight, for a kernel or a reduction that adds to it in place.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from argrpo.learner_config import ReferenceConfig
 from argrpo.models.image_policy import ImagePolicy
@@ -39,6 +40,36 @@ class Reference:
         finally:
             for parameter, home in zip(parameters, homes, strict=True):
                 parameter.data = home
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it stays what it was at the start of the run."""
+        return not self._config.sync_every
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights by the names of the policy's parameters; not copies."""
+        return {name: p.detach() for name, p in self._model.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up where `state_dict` was read.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a shape or dtype differs.
+        """
+        parameters = dict(self._model.named_parameters())
+        wrong = sorted(state.keys() ^ parameters.keys())
+        if wrong:
+            raise ValueError(f"{wrong[0]}: expected the weights of this reference, got others")
+        for name, parameter in parameters.items():
+            found = state[name]
+            if found.shape != parameter.shape or found.dtype != parameter.dtype:
+                raise ValueError(
+                    f"{name}: expected {parameter.dtype} {list(parameter.shape)}, got "
+                    f"{found.dtype} {list(found.shape)}"
+                )
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
 
     @torch.no_grad()
     def after_step(self, num_steps: int, policy: ImagePolicy) -> None:

@@ -76,6 +76,12 @@ class ShardedAdamW:
                 self._sums[name] = parameter.grad.float()
             parameter.grad = None
 
+    def discard(self) -> None:
+        """Forget this rank's gradients since the last step."""
+        self._sums.clear()
+        for parameter in self._working.values():
+            parameter.grad = None
+
     def main_grad(self, name: str) -> Tensor:
         """The fp32 main gradient of a weight on this rank, see `MasterAdamW.main_grad`."""
         parameter = self._working[name]

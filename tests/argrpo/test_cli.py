@@ -21,10 +21,10 @@ from argrpo import cli, doctor
 from argrpo.cli import main
 from argrpo.config import RewardConfig, TrainConfig
 from argrpo.config_files import parse_config, preset_names
-from argrpo.learner import NonFiniteError
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
+from argrpo.non_finite import NonFiniteError
 from argrpo.rewards.failure_watch import JudgesUnavailableError
 from argrpo.sampling import SampleConfig
 from argrpo.trainer import Trainer

@@ -103,7 +103,7 @@ def test_the_forecast_is_within_5_percent_of_the_truth(name: str) -> None:
     standing = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     num_policies = 2 if config.objective.beta > 0 else 1
     standing += num_policies * sum(parameter.nbytes for parameter in policy.parameters())
-    standing += sum(tensor.nbytes for tensor in learner._optimizer.state_dict().values())
+    standing += sum(tensor.nbytes for tensor in learner._update._optimizer.state_dict().values())
     truth = standing + allocated_peak(lambda: learner.learn(experience, 1))
     # What an operation holds only while it runs is not foreseen.
     assert forecast.peak(config.micro_batch) == pytest.approx(truth, rel=0.05)

@@ -22,10 +22,10 @@ from argrpo.config import (
 from argrpo.data import Prompt
 from argrpo.devices import choose_device
 from argrpo.engine.sampling_params import SamplingParams
-from argrpo.learner import NonFiniteError
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
+from argrpo.non_finite import NonFiniteError
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.run_folder import RunFolder
 from argrpo.schedules import LearningRateConfig
