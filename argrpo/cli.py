@@ -1,4 +1,4 @@
-"""The command line: argrpo demo | train | sample | moments | report | doctor.
+"""The command line: argrpo demo | train | sample | moments | eval | report | doctor.
 
 Exit codes:
     0    done
@@ -157,6 +157,12 @@ def _moments(arguments: list[str]) -> None:
     print(f"{config.output}: {moments.num_images} images, {moments.dim} features")
 
 
+def _eval(arguments: list[str]) -> None:
+    from argrpo.evaluation_command import run_evaluation
+
+    run_evaluation(arguments, _cache_dir, _prepare_digits_of)
+
+
 def _report(arguments: list[str]) -> None:
     from argrpo.report import write_report
 
@@ -237,6 +243,7 @@ _COMMANDS = {
     "train": _Command("fine-tune a policy: --config FILE.yaml or a preset, and overrides", _train),
     "sample": _Command("draw images from a policy into PNG files", _sample),
     "moments": _Command("mean and covariance of images' features, for loo_fid", _moments),
+    "eval": _Command("c2i or t2i: draw many images and measure them as papers do", _eval),
     "report": _Command("write report.html about a run folder", _report),
     "doctor": _Command("say what is installed, what will be used, and why", _doctor),
 }

@@ -103,7 +103,7 @@ class InceptionFeatures:
     """
 
     def __init__(self, network: nn.Module, *, device: torch.device, batch: int = 64) -> None:
-        self.name = f"inception-{_weights_hash(network)}"
+        self.name = f"inception-{weights_hash(network)}"
         self.dim = int(network.fc.in_features)  # type: ignore[union-attr, arg-type]
         head = network.fc
         assert isinstance(head, nn.Linear)
@@ -139,7 +139,7 @@ class FidInceptionFeatures:
     dim = 2048
 
     def __init__(self, network: FidInception, *, device: torch.device, batch: int = 64) -> None:
-        self.name = f"inception_fid-{_weights_hash(network)}"
+        self.name = f"inception_fid-{weights_hash(network)}"
         self._network = _frozen(network, device)
         self._device = device
         self._batch = batch
@@ -164,7 +164,7 @@ class Dinov2Features:
     """
 
     def __init__(self, network: nn.Module, *, device: torch.device, batch: int = 64) -> None:
-        self.name = f"dinov2-{_weights_hash(network)}"
+        self.name = f"dinov2-{weights_hash(network)}"
         self.dim = int(network.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self._network = _frozen(network, device)
         self._device = device
@@ -194,7 +194,7 @@ class JudgeFeatures:
 
     def __init__(self, path: str | Path, *, device: torch.device) -> None:
         self._judge = load_judge(path, device=device)
-        self.name = f"digits_judge-{_weights_hash(self._judge)}"
+        self.name = f"digits_judge-{weights_hash(self._judge)}"
         self.dim = self._judge.feature_dim
         self._device = device
 
@@ -205,6 +205,15 @@ class JudgeFeatures:
     def views(self, images: Tensor) -> Views:
         features = self(images)
         return Views(features, self._judge.head(features))
+
+
+def weights_hash(network: nn.Module) -> str:
+    """12 hex digits of all weights, their names and sizes."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _imagenet_pixels(images: Tensor, size: int, mode: VF.InterpolationMode) -> Tensor:
@@ -279,12 +288,3 @@ def _load_dinov2(path: Path) -> nn.Module:
 def _not(path: Path, wanted: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return ValueError(f"features_path: expected {wanted}, got {path}: {reason[:200]}")
-
-
-def _weights_hash(network: nn.Module) -> str:
-    """12 hex digits of all weights, their names and sizes."""
-    digest = hashlib.blake2b(digest_size=6)
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

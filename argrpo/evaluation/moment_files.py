@@ -1,11 +1,12 @@
 """Moments in npz files: ours, and those that others publish.
 
     ours       mean [C], std [C], cov [C, C] if known, features (a name), num_images
-    ADM        mu [C], sigma [C, C]; openai/guided-diffusion's and most FID references
+    ADM        mu [C], sigma [C, C]; openai/guided-diffusion's and most FID references; theirs
+               also hold mu_s, sigma_s, those of sFID, which tell that the network was Inception
     diagonal   mu or mean [C] with sigma_diagonal [C] (variances) or std [C]; bugrabaran/
                ar-policy-tuning writes the first
 
-A file of others does not say what made its features, and two networks may well have the same
+Most files of others do not say what made their features, and two networks may well have the same
 number of them: only the dimension can be checked.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from argrpo.evaluation.moments import Moments
 from argrpo.run_folder import write_atomically
 
+_ADM_NETWORK = "inception_fid"
 _LAYOUTS = "mean + std (and cov), mu + sigma, or mu + sigma_diagonal"
 
 
@@ -42,8 +44,20 @@ def save_moments(moments: Moments, path: Path) -> None:
     write_atomically(path, lambda part: np.savez(part, **record))  # type: ignore[arg-type]
 
 
-def load_moments(path: str | Path) -> Moments:
+def has_moments(path: str | Path) -> bool:
+    """Whether a path is an npz file that states a mean."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return bool({"mean.npy", "mu.npy"} & set(archive.namelist()))
+
+
+def load_moments(path: str | Path, *, spatial: bool = False) -> Moments:
     """Moments from any of the layouts above.
+
+    Args:
+        path: the file.
+        spatial: those of sFID (mu_s, sigma_s) instead.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -59,7 +73,21 @@ def load_moments(path: str | Path) -> Moments:
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise ValueError(f"moments: expected an npz file with named arrays, got {path}")
     with file:
-        return _moments(path, file)
+        return _spatial_moments(path, file) if spatial else _moments(path, file)
+
+
+def has_spatial_moments(path: str | Path) -> bool:
+    """Whether a path is an npz file with moments of sFID."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {"mu_s.npy", "sigma_s.npy"} <= set(archive.namelist())
+
+
+def _spatial_moments(path: str | Path, file: np.lib.npyio.NpzFile) -> Moments:
+    mean = _entry(path, file, "mu_s", None)
+    cov = _entry(path, file, "sigma_s", (len(mean), len(mean)))
+    return Moments(mean, cov.diagonal().clamp_min(0.0).sqrt(), (cov + cov.T) / 2, _ADM_NETWORK)
 
 
 def _moments(path: str | Path, file: np.lib.npyio.NpzFile) -> Moments:
@@ -87,9 +115,15 @@ def _moments(path: str | Path, file: np.lib.npyio.NpzFile) -> Moments:
         mean,
         variance.clamp_min(0.0).sqrt(),
         cov,
-        features=str(file["features"]) if "features" in names else None,
+        features=_network(file),
         num_images=int(file["num_images"]) if "num_images" in names else None,
     )
+
+
+def _network(file: np.lib.npyio.NpzFile) -> str | None:
+    if "features" in file.files:
+        return str(file["features"])
+    return _ADM_NETWORK if "mu_s" in file.files else None
 
 
 def _entry(

@@ -1,10 +1,12 @@
 """Moments of the images that others are compared with: from a file, a folder or a dataset.
 
-Images of a folder go through the same network and preprocessing as generated ones.
+Images go through the same network and preprocessing as generated ones. A file of ADM's holds both:
+moments of all images of a dataset, and some thousands of the images.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor
 from torchvision.transforms import functional as VF
 
 from argrpo.digits.dataset import load_split
-from argrpo.evaluation.features import FeatureExtractor
-from argrpo.evaluation.moment_files import load_moments
+from argrpo.evaluation.features import FeatureExtractor, Views
+from argrpo.evaluation.moment_files import has_moments, load_moments
 from argrpo.evaluation.moments import Moments, MomentSums
+from argrpo.evaluation.sample_files import count_images, has_images, read_samples
 from argrpo.progress import Report, unreported
 
 _LOG = logging.getLogger(__name__)
@@ -23,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 _DATASET = "dataset:"
 _DIGITS = "digits/"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Of |mean - mean|^2 over the trace of the covariance; another network's is of order 1 and above.
+_LARGEST_GAP = 0.25
 _SHEET = "grid.png"  # `argrpo sample` leaves one among its images
 
 
@@ -36,6 +41,8 @@ def reference_moments(
 ) -> Moments:
     """Moments from an npz file, a folder of images or `dataset:digits/SPLIT`.
 
+    Those that a file states count, and its images only where it states none.
+
     Args:
         source: the file, folder or dataset.
         extractor: makes the features; those of a file must be its own.
@@ -48,9 +55,10 @@ def reference_moments(
         ValueError: there are none or they do not fit the extractor, or an image cannot be read.
         FileNotFoundError: nothing is there.
     """
-    parts = _parts(source, image_size, batch, report)
-    if parts is not None:
-        return _sums(parts, extractor)
+    if not has_moments(source):
+        parts = _parts(source, image_size, batch, report)
+        if parts is not None:
+            return _sums(parts, extractor)
     if not Path(source).exists():
         raise FileNotFoundError(f"expected an npz file or a folder of images, got {source}")
     moments = load_moments(source)
@@ -58,21 +66,51 @@ def reference_moments(
     return moments
 
 
-def reference_features(
+def reference_views(
     source: str,
     extractor: FeatureExtractor,
     *,
     image_size: int | None = None,
     batch: int = 64,
     report: Report = unreported,
-) -> Tensor | None:
-    """Features [M, C] fp32 of all images of a folder or a dataset; None where `source` is neither,
-    as a file of moments, which says nothing of single images.
+) -> Views | None:
+    """What the network says of all images of a file, a folder or a dataset, on the CPU; None where
+    `source` has no images, as a file of moments alone.
 
     Arguments and errors as of `reference_moments`.
     """
     parts = _parts(source, image_size, batch, report)
-    return None if parts is None else torch.cat([extractor(part) for part in parts])
+    return None if parts is None else join_views([extractor.views(part) for part in parts])
+
+
+def join_views(parts: Sequence[Views]) -> Views:
+    """Views of all images of several parts, in order, on the CPU; at least one part."""
+    names = [field.name for field in fields(Views) if getattr(parts[0], field.name) is not None]
+    return Views(**{name: torch.cat([getattr(p, name).cpu() for p in parts]) for name in names})
+
+
+def check_same_space(features: Tensor, moments: Moments, source: str) -> None:
+    """Refuse a file whose moments are not of the features that its own images have.
+
+    The means of two networks' features lie far apart, measured by their spread; that of some
+    images lies near that of all of them.
+
+    Args:
+        features: [M, C] of the file's images.
+        moments: stated by the file.
+        source: the file.
+
+    Raises:
+        ValueError: they are of another network or preprocessing.
+    """
+    spread = moments.std.square().sum()
+    gap = (features.double().mean(dim=0).cpu() - moments.mean.cpu()).square().sum() / spread.cpu()
+    if gap > _LARGEST_GAP + 10.0 / len(features):
+        raise ValueError(
+            f"expected moments of the features that the file's own images have, got a mean "
+            f"{gap**0.5:.2g} spreads away from theirs in {source}; it was made by another network "
+            "or preprocessing: take the features that it was made by, or images as reference"
+        )
 
 
 def check_moments(moments: Moments, extractor: FeatureExtractor, source: str) -> None:
@@ -91,7 +129,8 @@ def check_moments(moments: Moments, extractor: FeatureExtractor, source: str) ->
         _LOG.warning(
             "%s does not say what made its features; taken as those of %s", source, extractor.name
         )
-    elif moments.features != extractor.name:
+    # A published file names the kind of its network and not the weights.
+    elif moments.features not in (extractor.name, extractor.name.partition("-")[0]):
         raise ValueError(
             f"expected moments of features by {extractor.name}, got those of {moments.features} "
             f"in {source}; {remedy}"
@@ -104,9 +143,10 @@ def _parts(
     """The images of a folder or a dataset, part by part."""
     if source.startswith(_DATASET):
         return _dataset(source).split(batch)
-    if Path(source).is_dir():
-        return _images(Path(source), image_size, batch, report)
-    return None
+    path = Path(source)
+    if path.is_dir():
+        return _images(path, image_size, batch, report)
+    return _samples(path, image_size, batch, report) if has_images(path) else None
 
 
 def _sums(parts: Iterable[Tensor], extractor: FeatureExtractor) -> Moments:
@@ -146,16 +186,29 @@ def _images(folder: Path, image_size: int | None, batch: int, report: Report) ->
         report("features", start + len(part), len(paths))
 
 
+def _samples(path: Path, image_size: int | None, batch: int, report: Report) -> Iterator[Tensor]:
+    """Parts [n, 3, H, W] fp32 in [0, 1] of the images of an npz file."""
+    done, count = 0, count_images(path)
+    for part in read_samples(path, batch):
+        yield _sized(part.permute(0, 3, 1, 2).float() / 255.0, image_size)
+        done += len(part)
+        report("features", done, count)
+
+
 def _image(path: Path, image_size: int | None) -> Tensor:
     try:
         with Image.open(path) as picture:
             pixels = VF.pil_to_tensor(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"expected an image, got {path}: {error}") from error
-    image = pixels.float() / 255.0
+    return _sized(pixels.float() / 255.0, image_size)
+
+
+def _sized(images: Tensor, image_size: int | None) -> Tensor:
+    """[..., H, W] cropped to the middle square and resized; None leaves them."""
     if image_size is None:
-        return image
-    square = VF.center_crop(image, [min(image.shape[1:])] * 2)
+        return images
+    square = VF.center_crop(images, [min(images.shape[-2:])] * 2)
     bicubic = VF.InterpolationMode.BICUBIC
     resized = VF.resize(square, [image_size] * 2, interpolation=bicubic, antialias=True)
     # Bicubic weights are negative in places and leave [0, 1] at sharp edges.

@@ -8,12 +8,17 @@ import logging
 import torch
 from torch import Tensor
 
-from argrpo.evaluation.features import FeatureExtractor
+from argrpo.evaluation.features import FeatureExtractor, Views
 from argrpo.evaluation.frechet import frechet_to
 from argrpo.evaluation.frechet_loo import FrechetReference
-from argrpo.evaluation.moments import moments_of
+from argrpo.evaluation.moment_files import has_moments, has_spatial_moments, load_moments
+from argrpo.evaluation.moments import Moments, moments_of
 from argrpo.evaluation.precision_recall import ball_radii, neighbourhoods
-from argrpo.evaluation.reference_moments import reference_features, reference_moments
+from argrpo.evaluation.reference_moments import (
+    check_same_space,
+    reference_moments,
+    reference_views,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,15 +37,18 @@ class SetMeasures:
         *,
         image_size: int | None = None,
         neighbours: int = 3,
+        spatial: bool = False,
         device: torch.device,
     ) -> None:
         """Look at the references.
 
         Args:
             extractor: makes features, on `device`.
-            reference: an npz file of moments, a folder of images, or dataset:digits/SPLIT.
-            image_size: to which images of a folder are cropped and resized first.
+            reference: an npz file of moments, images or both, a folder of images, or
+                dataset:digits/SPLIT.
+            image_size: to which images are cropped and resized first.
             neighbours: k of precision, recall, density and coverage; 0 measures none of them.
+            spatial: also take the references of sFID, where network and references have them.
             device: where matrices are decomposed and neighbours looked for.
 
         Raises:
@@ -48,22 +56,22 @@ class SetMeasures:
                 read, or no more than `neighbours` of them.
             FileNotFoundError: nothing is there.
         """
-        self._extractor = extractor
-        self._k = neighbours
-        self._references: Tensor | None = None
-        if neighbours:
-            self._references = reference_features(reference, extractor, image_size=image_size)
-        if self._references is None:
+        self._extractor, self._k = extractor, neighbours
+        views = None
+        if neighbours or (spatial and not has_spatial_moments(reference)):
+            views = reference_views(reference, extractor, image_size=image_size)
+        if views is None or has_moments(reference):
             moments = reference_moments(reference, extractor, image_size=image_size)
         else:
-            moments = moments_of(self._references, extractor.name)
-        if moments.cov is None:
-            raise ValueError(
-                "expected moments with all covariances, got the variance of each feature alone in "
-                f"{reference}; make the file again with argrpo moments"
-            )
-        self._frechet = FrechetReference.of(moments.to(device))
-        if self._references is not None:
+            moments = moments_of(views.features, extractor.name)
+        if views is not None and has_moments(reference):
+            check_same_space(views.features, moments, reference)
+        self._frechet = _frechet_reference(moments, reference, device)
+        found = _spatial_moments(reference, views) if spatial else None
+        self._spatial = None if found is None else FrechetReference.of(found.to(device))
+        self._references: Tensor | None = None
+        if neighbours and views is not None:
+            self._references = views.features.to(device)
             if len(self._references) <= neighbours:
                 raise ValueError(
                     f"expected more than {neighbours} images, whose neighbours are looked for, "
@@ -90,6 +98,7 @@ class SetMeasures:
         Returns:
             A value for each of `names`.
         """
+        features = features.to(self._frechet.mean.device)
         kept = features[features.isfinite().all(dim=1)]
         if len(kept) < len(features):
             _LOG.warning(
@@ -103,3 +112,25 @@ class SetMeasures:
             near = neighbourhoods(kept, self._references, k=self._k, radii=self._radii)
             found |= near._asdict()
         return found
+
+    def spatial_frechet(self, spatial: Tensor) -> float | None:
+        """sFID of features [N, 2023]; None where the references have none."""
+        reference = self._spatial
+        if reference is None:
+            return None
+        return frechet_to(spatial.to(reference.mean.device), reference)
+
+
+def _frechet_reference(moments: Moments, source: str, device: torch.device) -> FrechetReference:
+    if moments.cov is None:
+        raise ValueError(
+            "expected moments with all covariances, got the variance of each feature alone in "
+            f"{source}; make the file again with argrpo moments"
+        )
+    return FrechetReference.of(moments.to(device))
+
+
+def _spatial_moments(source: str, views: Views | None) -> Moments | None:
+    if has_spatial_moments(source):
+        return load_moments(source, spatial=True)
+    return None if views is None or views.spatial is None else moments_of(views.spatial)

@@ -31,7 +31,9 @@ def test_a_file_of_the_adm_layout_is_read(moments: Moments, tmp_path: Path) -> N
     found = load_moments(tmp_path / "adm.npz")
     assert torch.equal(found.cov, moments.cov)
     torch.testing.assert_close(found.std, moments.std)
-    assert found.features is None
+    assert found.features == "inception_fid", "only that network has spatial moments"
+    spatial = load_moments(tmp_path / "adm.npz", spatial=True)
+    assert torch.equal(spatial.cov, torch.eye(3, dtype=torch.float64))
 
 
 def test_the_released_layout_of_variances_is_read_and_its_pickle_is_left_alone(

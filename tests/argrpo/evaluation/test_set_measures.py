@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from argrpo.digits.dataset import load_split
 from argrpo.digits.evaluation import evaluate_digits
 from argrpo.digits.judges import DigitJudge, load_judge, save_judge
-from argrpo.evaluation.features import load_extractor
+from argrpo.evaluation.features import Views, load_extractor
+from argrpo.evaluation.frechet import frechet_distance
 from argrpo.evaluation.moment_files import save_moments
 from argrpo.evaluation.moments import Moments, moments_of
-from argrpo.evaluation.precision_recall import ball_radii, covered
+from argrpo.evaluation.precision_recall import ball_radii, covered, neighbourhoods
 from argrpo.evaluation.set_measures import SetMeasures
 
 _CPU = torch.device("cpu")
@@ -88,6 +90,76 @@ def test_moments_without_covariances_are_refused(judge: Path, tmp_path: Path) ->
     save_moments(Moments(torch.zeros(8), torch.ones(8), None), tmp_path / "m.npz")
     with pytest.raises(ValueError, match="expected moments with all covariances, got"):
         measures_of(judge, str(tmp_path / "m.npz"))
+
+
+def adm_file(path: Path, judge: Path, **changed: object) -> str:
+    """Moments of all images of a split, and some of the images, as ADM's references."""
+    images = load_split("evaluation").images
+    features = load_judge(judge).features(images)
+    moments = moments_of(features)
+    levels = (255.0 * images[::3]).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    entries = {"mu": moments.mean.numpy(), "sigma": moments.cov.numpy(), "arr_0": levels}
+    np.savez(path, **{**entries, **changed})
+    return str(path)
+
+
+def test_a_file_of_moments_and_images_gives_distance_by_the_one_and_recall_by_the_other(
+    judge: Path, tmp_path: Path
+) -> None:
+    measures = measures_of(judge, adm_file(tmp_path / "adm.npz", judge))
+    features = measures.features(load_split("policy").images[:60])
+    found = measures.measure(features)
+    whole = measures_of(judge, _SPLIT).measure(features)
+    # sums in another order
+    assert found["frechet"] == pytest.approx(whole["frechet"], rel=1e-6)
+    levels = (255.0 * load_split("evaluation").images[::3]).round() / 255.0
+    near = neighbourhoods(features, measures.features(levels))
+    # references of one batch against batches of 64
+    assert found["recall"] == pytest.approx(near.recall, abs=1e-9)
+    assert found["coverage"] == pytest.approx(near.coverage, abs=1e-9)
+
+
+def test_a_file_whose_moments_are_not_of_its_own_images_is_refused(
+    judge: Path, tmp_path: Path
+) -> None:
+    mean = load_judge(judge).features(load_split("evaluation").images).double().mean(dim=0)
+    other = adm_file(tmp_path / "adm.npz", judge, mu=(mean + 1.0).numpy())
+    with pytest.raises(ValueError, match="made by another network or preprocessing"):
+        measures_of(judge, other)
+
+
+def test_statistics_that_say_they_are_inceptions_are_refused_for_another_network(
+    judge: Path, tmp_path: Path
+) -> None:
+    spatial = {"mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    adm = adm_file(tmp_path / "adm.npz", judge, **spatial)
+    with pytest.raises(
+        ValueError, match=r"features by digits_judge-.*, got those of inception_fid"
+    ):
+        measures_of(judge, adm)
+
+
+def test_sfid_is_a_distance_to_the_spatial_moments(judge: Path, tmp_path: Path) -> None:
+    real, drawn = torch.randn(50, 3), torch.randn(40, 3) + 0.5
+    moments = moments_of(real)
+    spatial = {"mu_s": moments.mean.numpy(), "sigma_s": moments.cov.numpy()}
+    adm = adm_file(tmp_path / "adm.npz", judge, **spatial)
+
+    class NamedInception:
+        """A judge under the network's name, because the network takes seconds an image."""
+
+        name, dim = "inception_fid-0", 8
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return load_judge(judge).features(images)
+
+        def views(self, images: torch.Tensor) -> Views:
+            return Views(self(images))
+
+    measures = SetMeasures(NamedInception(), adm, spatial=True, device=_CPU)
+    wanted = frechet_distance(drawn, real)
+    assert measures.spatial_frechet(drawn) == pytest.approx(wanted, rel=1e-9)
+    assert measures_of(judge, _SPLIT).spatial_frechet(drawn) is None
 
 
 def test_fewer_references_than_neighbours_are_refused(judge: Path) -> None:

@@ -1,0 +1,40 @@
+"""The policies and the tokenizer that an evaluation draws with."""
+
+import torch
+
+from argrpo.devices import DTYPES
+from argrpo.images_config import ImagesConfig
+from argrpo.model_paths import blamed_on, resolve_path
+from argrpo.models.llamagen import LlamaGen
+from argrpo.models.loading import load_policy, load_tokenizer
+from argrpo.models.pairing import check_pair
+from argrpo.models.vq import VQTokenizer
+
+
+def load_models(
+    config: ImagesConfig, path: str, device: torch.device
+) -> tuple[LlamaGen, VQTokenizer]:
+    """A policy and the tokenizer, which fit each other.
+
+    Args:
+        config: sizes and dtypes.
+        path: one of `config.policies`.
+        device: where they run.
+
+    Raises:
+        ValueError, FileNotFoundError: a model that cannot be read or does not fit.
+    """
+    with blamed_on("compare" if config.compare else "policy"):
+        policy = load_policy(
+            resolve_path(path, config.cache_dir),
+            image_size=config.image_size,
+            num_heads=config.num_heads,
+            downsample=config.downsample,
+            device=device,
+            dtype=DTYPES[config.dtype],
+        )
+    with blamed_on("tokenizer"):
+        tokenizer_path = resolve_path(config.tokenizer, config.cache_dir)
+        tokenizer = load_tokenizer(tokenizer_path, device=device, dtype=DTYPES[config.dtype])
+    check_pair(policy, tokenizer)
+    return policy, tokenizer

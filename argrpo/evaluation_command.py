@@ -1,0 +1,62 @@
+"""`argrpo eval c2i` and `argrpo eval t2i`: from words to what is printed."""
+
+import dataclasses
+from collections.abc import Callable
+
+from argrpo.config_files import parse_config
+from argrpo.eval_c2i import evaluate_classes
+from argrpo.eval_c2i_config import C2iConfig, resolved
+from argrpo.evaluation_tables import tell_c2i, wide_console
+from argrpo.process_group import process_group
+from argrpo.progress import stage_progress, unreported
+from argrpo.ranks import is_first
+
+_USAGE = """usage: argrpo eval c2i | t2i [--setting value ...]
+
+  c2i      images over classes: FID, sFID, IS, precision, recall, FD-DINOv2 and diversity
+  t2i      images of prompts: GenEval's and DrawBench's folders, judges, wins, side by side
+
+`argrpo eval c2i --help` lists the settings of one."""
+_LISTS = {"--labels": None, "--names": None, "--compare": None, "--guidance_scales": None}
+
+Prepare = Callable[[object, str | None], None]
+"""Trains the embedded models where a config names one."""
+
+
+def run_evaluation(
+    arguments: list[str], cache_dir: Callable[[str | None], str], prepare: Prepare
+) -> None:
+    """One evaluation, by the command line behind `argrpo eval`.
+
+    Args:
+        arguments: begin with c2i or t2i.
+        cache_dir: the folder of the embedded models, of the one asked for.
+        prepare: see `Prepare`.
+
+    Raises:
+        ValueError, FileNotFoundError: a setting or an input that does not fit.
+        SystemExit: help was asked for and printed.
+    """
+    commands = {"c2i": _c2i}
+    kind = arguments[0] if arguments else ""
+    if kind in ("-h", "--help"):
+        wide_console().out(_USAGE, highlight=False)
+        raise SystemExit(0)
+    if kind not in commands:
+        raise ValueError(f"eval: expected {' or '.join(commands)}, got {kind or 'nothing'}")
+    with process_group():
+        commands[kind](arguments[1:], cache_dir, prepare)
+
+
+def _c2i(arguments: list[str], cache_dir: Callable[[str | None], str], prepare: Prepare) -> None:
+    config = parse_config(C2iConfig, arguments, command="argrpo eval c2i", lists=_LISTS)
+    config = dataclasses.replace(config, cache_dir=cache_dir(config.cache_dir))
+    prepare(resolved(config), config.cache_dir)
+    console = wide_console()
+    with stage_progress(console) as report:
+        results = evaluate_classes(config, report if is_first() else unreported)
+    if results is not None:
+        tell_c2i(results, console)
+    elif is_first():
+        said = f"{config.output_dir}: shard {config.shard} of {config.num_shards} is drawn; "
+        console.out(f"{said}the one that finishes last measures", highlight=False)
