@@ -26,6 +26,8 @@ REWARDS = {
     "pickscore": "argrpo.rewards.clip:PickScoreReward",
     "aesthetic": "argrpo.rewards.aesthetic:AestheticReward",
     "loo_fid": "argrpo.rewards.loo_fid:LooFidReward",
+    "vlm_server": "argrpo.rewards.vlm_server:VlmServerReward",
+    "unified_reward": "argrpo.rewards.vlm_server:UnifiedRewardServer",
     "server": "argrpo.rewards.reward_server:ServerReward",
     "deqa": "argrpo.rewards.reward_server:DeqaReward",
     "geneval": "argrpo.rewards.reward_server:GenevalReward",

@@ -84,17 +84,19 @@ class ServerReward:
             body["metadata"] = found
         # In a thread: squeezing pictures would hold up the other requests of the loop.
         body["images"] = await asyncio.to_thread(_encoded, images)
+        num_retries = 0
         try:
             reply = await self._client.post(body)
+            num_retries = reply.num_retries
             scores = read_scores(reply.value, len(prompts), self._low, self._high)
         except RequestError as error:
-            return Answer.none(len(prompts), str(error), error.num_retries)
+            return Answer.none(len(prompts), str(error), num_retries or error.num_retries)
         failures = int(scores.isnan().sum())
         problem = None
         if failures:
             bounds = f"[{self._low:g}, {self._high:g}]"
             problem = f"no score in {bounds} for {failures} of {len(prompts)} images: {reply.value}"
-        return Answer(scores, failures, reply.num_retries, problem)
+        return Answer(scores, failures, num_retries, problem)
 
     async def close(self) -> None:
         """Let go of open connections."""
