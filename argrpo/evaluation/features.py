@@ -21,7 +21,7 @@ import hashlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,11 @@ class JudgeFeatures:
         return Views(features, self._judge.head(features))
 
 
-def weights_hash(network: nn.Module) -> str:
+class _Weighted(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def weights_hash(network: _Weighted) -> str:
     """12 hex digits of all weights, their names and sizes."""
     digest = hashlib.blake2b(digest_size=6)
     for name, value in sorted(network.state_dict().items()):

@@ -5,7 +5,7 @@ import torch
 from argrpo.devices import DTYPES
 from argrpo.images_config import ImagesConfig
 from argrpo.model_paths import blamed_on, resolve_path
-from argrpo.models.llamagen import LlamaGen
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.loading import load_policy, load_tokenizer
 from argrpo.models.pairing import check_pair
 from argrpo.models.vq import VQTokenizer
@@ -13,7 +13,7 @@ from argrpo.models.vq import VQTokenizer
 
 def load_models(
     config: ImagesConfig, path: str, device: torch.device
-) -> tuple[LlamaGen, VQTokenizer]:
+) -> tuple[ImagePolicy, VQTokenizer]:
     """A policy and the tokenizer, which fit each other.
 
     Args:

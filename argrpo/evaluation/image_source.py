@@ -18,7 +18,7 @@ from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.evaluation.features import weights_hash
 from argrpo.evaluation.image_set import DrawnBatch
-from argrpo.models.llamagen import LlamaGen
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.vq import VQTokenizer
 from argrpo.pixels import to_uint8
 
@@ -46,7 +46,7 @@ class ImageSource:
         ValueError: a condition that the policy does not know.
     """
 
-    def __init__(self, policy: LlamaGen, tokenizer: VQTokenizer, plan: DrawPlan) -> None:
+    def __init__(self, policy: ImagePolicy, tokenizer: VQTokenizer, plan: DrawPlan) -> None:
         policy.check_conditions(plan.conditions)
         self._tokenizer, self._plan = tokenizer, plan
         self._engine = RolloutEngine(policy, max_slots=plan.batch)

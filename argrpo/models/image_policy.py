@@ -35,6 +35,11 @@ class PolicySizes(Protocol):
         ...
 
     @property
+    def num_classes(self) -> int:
+        """Labels that a class-conditional one knows."""
+        ...
+
+    @property
     def text_padding(self) -> str:
         """Where padding stands in a text: left or right."""
         ...
