@@ -34,13 +34,15 @@ CORE = [
     "matplotlib",
     "transformers>=5.0",
     "open_clip_torch>=3.3",
+    "ftfy",
+    "timm",
     "nvtx",
     "scikit-learn",
 ]
 
 EXTRAS = {
     "judges": ["httpx"],
-    "text": ["sentencepiece", "datasets"],
+    "text": ["sentencepiece", "datasets", "beautifulsoup4"],
     "iqa": ["lpips", "pyiqa"],
     "hpsv2": ["hpsv2"],
     "attention": ["flash-attn", "xformers"],

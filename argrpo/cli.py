@@ -102,6 +102,7 @@ def _demo(arguments: list[str]) -> None:
 def _train(arguments: list[str]) -> Callable[[], None]:
     from argrpo.config import TrainConfig, describe
     from argrpo.config_files import parse_config
+    from argrpo.progress import stage_progress
     from argrpo.trackers import make_trackers
     from argrpo.trainer import Trainer
 
@@ -113,7 +114,8 @@ def _train(arguments: list[str]) -> Callable[[], None]:
     # path, so that no file there hides an installed package.
     sys.path.append(os.getcwd())
     _prepare_digits_of(config, config.cache_dir)
-    trainer = Trainer(config, make_trackers(config, progress=True))
+    with stage_progress(Console()) as report:
+        trainer = Trainer(config, make_trackers(config, progress=True), report)
 
     def run() -> None:
         engine = trainer.engine.describe()

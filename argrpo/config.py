@@ -89,7 +89,8 @@ class TrainConfig:
     """auto takes a GPU where there is one."""
 
     cache_dir: str | None = None
-    """Where the embedded digits models are kept; None: argrpo under the user's cache folder."""
+    """Where encoded texts and the embedded digits models are kept; None: argrpo under the user's
+    cache folder."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """What the images are conditioned on."""

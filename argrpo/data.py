@@ -3,15 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from argrpo.class_names import class_texts
 from argrpo.data_config import DataConfig
 from argrpo.engine.conditions import Conditions, TextFeatures
-
-DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+from argrpo.model_paths import blamed_on
+from argrpo.prompt_files import read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +27,37 @@ class Prompt:
     reference_image: Tensor | None = None
 
 
+class Texts(Protocol):
+    """The features of all prompts of a run."""
+
+    def conditions(self, rows: Tensor) -> TextFeatures:
+        """Conditions of images, whose prompts are `rows` [N] int64."""
+        ...
+
+    def probe(self) -> TextFeatures:
+        """Conditions that fit a policy only if all do; the longest are among them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PaddedTexts:
+    """Features that came padded, from a file."""
+
+    features: TextFeatures
+
+    def conditions(self, rows: Tensor) -> TextFeatures:
+        return TextFeatures(self.features.features, self.features.mask, rows)
+
+    def probe(self) -> TextFeatures:
+        return self.features
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptSet:
     """All prompts of a run and the features of their texts, if the policy reads any."""
 
     prompts: list[Prompt]
-    features: TextFeatures | None = None
+    texts: Texts | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -55,45 +82,44 @@ class PromptSet:
 
     def conditions(self, prompts: list[Prompt], repeats: int) -> Conditions:
         """Conditions of `repeats` consecutive images of each prompt, in order."""
-        ids = torch.tensor([prompt.prompt_id for prompt in prompts]).repeat_interleave(repeats)
-        if self.features is not None:
-            return TextFeatures(self.features.features, self.features.mask, ids)
-        labels = [prompt.class_id for prompt in prompts]
+        if self.texts is not None:
+            ids = torch.tensor([prompt.prompt_id for prompt in prompts])
+            return self.texts.conditions(ids.repeat_interleave(repeats))
+        labels = [_label(prompt) for prompt in prompts]
         return torch.tensor(labels, dtype=torch.int64).repeat_interleave(repeats)
+
+    def probe(self) -> Conditions:
+        """Conditions that fit a policy only if all of this set do; the longest are among them."""
+        return self.conditions(self.prompts, 1) if self.texts is None else self.texts.probe()
 
 
 def load_prompts(config: DataConfig) -> PromptSet:
-    """The prompts that a config names.
+    """The prompts that a config names, with their features if those came encoded.
+
+    `argrpo.run_prompts.load_run_prompts` encodes the others.
 
     Raises:
-        ValueError: a class id without a name, or a features file without what it needs.
-        FileNotFoundError: the features file is missing.
+        ValueError: a class id without a name, a row without text, or a features file without what
+            it needs.
+        FileNotFoundError: a file is missing.
     """
     if config.text_features is not None:
         return _load_text_features(Path(config.text_features))
-    names = class_names(config.names)
-    classes = list(range(len(names))) if config.classes is None else config.classes
-    outside = [c for c in classes if not 0 <= c < len(names)]
-    if outside or not classes:
+    if config.prompts is not None:
+        with blamed_on("data.prompts"):
+            rows = read_rows(config.prompts, column=config.prompt_column, split=config.prompt_split)
+        return PromptSet([Prompt(row.text, row.class_id, i) for i, row in enumerate(rows)])
+    texts = class_texts(config)
+    return PromptSet([Prompt(text, c, prompt_id=i) for i, (c, text) in enumerate(texts)])
+
+
+def _label(prompt: Prompt) -> int:
+    if prompt.class_id is None:
         raise ValueError(
-            f"data.classes: expected ids from 0 to {len(names) - 1}, "
-            f"got {outside[0] if outside else 'none'}"
+            "data.prompts: expected a class_id with each prompt for a class-conditional policy, "
+            f"got none with {prompt.text[:80]!r}"
         )
-    return PromptSet(
-        [
-            Prompt(config.template.format(name=names[c]), class_id=c, prompt_id=i)
-            for i, c in enumerate(classes)
-        ]
-    )
-
-
-def class_names(source: str) -> list[str]:
-    """Names by class id, from a library's metadata where one has them."""
-    if source == "digits":
-        return list(DIGIT_NAMES)
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return list(IMAGENET_CLASSNAMES)
+    return prompt.class_id
 
 
 def _load_text_features(path: Path) -> PromptSet:
@@ -121,4 +147,4 @@ def _load_text_features(path: Path) -> PromptSet:
             f"{wanted} with {len(texts)} prompts for {len(features.features)} features"
         )
     prompts = [Prompt(text, prompt_id=i) for i, text in enumerate(texts)]
-    return PromptSet(prompts, features)
+    return PromptSet(prompts, PaddedTexts(features))

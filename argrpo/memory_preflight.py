@@ -130,7 +130,7 @@ def forecast_memory(
     Args:
         policy: before its first step, on its device.
         config: the run.
-        conditions: of all prompts, on the policy's device; the two longest are rehearsed.
+        conditions: the longest among them, on the policy's device; the two longest are rehearsed.
     """
     images = config.images_per_step // config.minibatches
     micro_batch = min(config.micro_batch, images)

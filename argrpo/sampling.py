@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo.data import class_names, load_prompts
-from argrpo.data_config import DataConfig
+from argrpo.class_names import class_names
+from argrpo.data import load_prompts
+from argrpo.data_config import ClassNames, DataConfig
 from argrpo.devices import DTYPES, choose_device
 from argrpo.engine.conditions import Conditions
 from argrpo.engine.rollout_engine import RolloutEngine
@@ -50,7 +51,7 @@ class SampleConfig:
     names: list[str] | None = None
     """Class names instead of labels, as --names "golden retriever" otter."""
 
-    names_from: Literal["imagenet", "digits"] = "imagenet"
+    names_from: ClassNames = "imagenet"
     """Which classes the names are of."""
 
     text_features: str | None = None
@@ -176,7 +177,7 @@ def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
     return folder.path
 
 
-def labels_of(names: list[str], source: str) -> list[int]:
+def labels_of(names: list[str], source: ClassNames) -> list[int]:
     """Class labels of class names, in order; case and spaces around them do not matter.
 
     Raises:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 from argrpo.best_checkpoint import BestCheckpoint
 from argrpo.collection import Collection
 from argrpo.config import TrainConfig
-from argrpo.data import load_prompts
 from argrpo.devices import DTYPES, choose_device
 from argrpo.engine.conditions import moved_to
 from argrpo.engine.rollout_engine import RolloutEngine
@@ -31,9 +30,12 @@ from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.attention_backends import check_attention
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
 from argrpo.models.pairing import check_guidance, check_label_dropout, check_pair
+from argrpo.models.text_layout import text_layout
+from argrpo.progress import Report, unreported
 from argrpo.rewards.failure_watch import FailureWatch, JudgesUnavailableError
 from argrpo.rewards.scoring import Judges
 from argrpo.run_folder import RunFolder
+from argrpo.run_prompts import load_run_prompts
 from argrpo.step_clock import StepClock
 from argrpo.step_profile import StepProfile
 from argrpo.trackers import Tracker, append_extras, make_trackers
@@ -52,12 +54,18 @@ class TrainResult(NamedTuple):
 class Trainer:
     """One run. Building it checks everything that can be checked before the first step."""
 
-    def __init__(self, config: TrainConfig, trackers: Sequence[Tracker] | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        trackers: Sequence[Tracker] | None = None,
+        report: Report = unreported,
+    ) -> None:
         """Load the models and the judges.
 
         Args:
             config: the run.
             trackers: who is told about each step; None: those that the config names.
+            report: told ("texts", encoded so far, in all) while prompts are encoded.
 
         Raises:
             ValueError: a file or a setting that does not fit the others, or an output folder that
@@ -73,16 +81,23 @@ class Trainer:
         try:
             self.profile = StepProfile(config.profile, self._device, self._folder)
             self._clock = StepClock(self._device, self.profile.ranges)
-            self._load()
+            self._load(report)
         except BaseException:
             self._folder.discard_if_empty()
             raise
 
-    def _load(self) -> None:
+    def _load(self, report: Report) -> None:
         config = self.config
+        policy_path = resolve_path(config.policy.path, config.cache_dir)
+        with blamed_on("policy.path", sizes="policy."):
+            layout = text_layout(policy_path, text_padding=config.policy.text_padding)
+        # Before the policy, so that an encoder of texts is gone when the policy comes.
+        self._prompts = load_run_prompts(
+            config.data, layout, device=self._device, cache_dir=config.cache_dir, report=report
+        )
         with blamed_on("policy.path", sizes="policy."):
             self.policy = load_policy(
-                resolve_path(config.policy.path, config.cache_dir),
+                policy_path,
                 image_size=config.policy.image_size,
                 num_heads=config.policy.num_heads,
                 downsample=config.policy.downsample,
@@ -99,8 +114,7 @@ class Trainer:
         check_pair(self.policy, self._tokenizer)
         check_guidance(self.policy, "rollout.guidance_scale", config.rollout.guidance_scale)
         check_label_dropout(self.policy, config.parity.label_dropout)
-        self._prompts = load_prompts(config.data)
-        self.policy.check_conditions(self._prompts.conditions(self._prompts.prompts, repeats=1))
+        self.policy.check_conditions(self._prompts.probe())
         self._judges = Judges(config, self._device, self.profile.ranges)
         self._failures = FailureWatch(config.judging)
         self._problem: str | None = None  # of the judges, once the run has to end
@@ -136,8 +150,8 @@ class Trainer:
 
     @cached_property
     def _forecast(self) -> MemoryForecast:
-        conditions = self._prompts.conditions(self._prompts.prompts, repeats=1)
-        return forecast_memory(self.policy, self.config, moved_to(conditions, self._device))
+        conditions = moved_to(self._prompts.probe(), self._device)
+        return forecast_memory(self.policy, self.config, conditions)
 
     def _bytes_for_a_step(self) -> int:
         # Judges, tokenizer and weights stand already; the weights are part of the forecast.

@@ -82,6 +82,17 @@ def golden() -> Path:
     return TESTS / "golden"
 
 
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a T5 encoder of width 64 that knows a few words; the others are unknown."""
+    from argrpo.digits.text_encoder import DigitsTextEncoderConfig, save_text_encoder
+
+    folder = tmp_path_factory.mktemp("t5")
+    words = ["a", "small", "handwritten", "seven", "zero", "tilted", ",", "!"]
+    save_text_encoder(DigitsTextEncoderConfig(), words, folder)
+    return folder
+
+
 @pytest.fixture
 def files_up_to() -> Callable[[int], AbstractContextManager[None]]:
     """`with files_up_to(4096):` the system refuses to let a file grow further, as a full disk."""

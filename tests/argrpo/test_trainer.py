@@ -1,14 +1,19 @@
 """The whole loop on tiny models: draw, decode, score, compare, update."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import T5EncoderModel
 
+from argrpo import prompt_encoding
+from argrpo import trainer as trainer_file
 from argrpo.collection import draw_seed
 from argrpo.config import (
     DataConfig,
@@ -29,6 +34,8 @@ from argrpo.non_finite import NonFiniteError
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.run_folder import RunFolder
 from argrpo.schedules import LearningRateConfig
+from argrpo.text_config import TextEncoderConfig
+from argrpo.text_encoder import TextEncoder, load_text_encoder
 from argrpo.trainer import Trainer
 
 
@@ -265,6 +272,54 @@ def test_text_conditional_policies_train(models: Path, tmp_path: Path) -> None:
     assert recorder.rows[1]["kl"] > 0
     assert trainer.policy.config.model_type == "t2i"
     assert "micro-batches of 12" in trainer.describe_memory()[0]
+
+
+def test_prompts_are_encoded_before_the_policy_is_there(
+    models: Path, tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alive(kind: type) -> int:
+        # A subclass of ndarray in a library fails when it is asked for its class.
+        return sum(type(thing) is kind for thing in gc.get_objects())
+
+    def encoder_alone(*args: Any, **options: Any) -> TextEncoder:
+        before = alive(LlamaGen)
+        assert before == held, "a policy stands beside the encoder"
+        return load_text_encoder(*args, **options)
+
+    def policy_alone(*args: Any, **options: Any) -> LlamaGen:
+        assert alive(T5EncoderModel) == 0, "the encoder stands beside the policy"
+        loaded.append(1)
+        return load_policy(*args, **options)
+
+    wide = LlamaGenConfig(
+        **{"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "vocab_size": 32},
+        **{"image_size": 16, "downsample": 4, "model_type": "t2i"},
+        caption_dim=64,
+        prefix_len=6,
+    )
+    save_policy(LlamaGen(wide), tmp_path / "policy")
+    (tmp_path / "prompts.txt").write_text("a seven\na small zero\na handwritten seven, tilted!\n")
+    config = replace(
+        _config(models),
+        policy=PolicyConfig(path=str(tmp_path / "policy")),
+        data=DataConfig(
+            prompts=str(tmp_path / "prompts.txt"), text_encoder=TextEncoderConfig(path=str(tiny_t5))
+        ),
+        prompts_per_step=3,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    gc.collect()
+    held, loaded = alive(LlamaGen), list[int]()
+    monkeypatch.setattr(prompt_encoding, "load_text_encoder", encoder_alone)
+    monkeypatch.setattr(trainer_file, "load_policy", policy_alone)
+    trainer, recorder = _run(config, tmp_path / "run")
+    assert loaded
+    assert recorder.rows[1]["kl"] > 0
+    assert trainer.policy.config.prefix_len == 6
+    # The second run finds the texts encoded, and draws the same.
+    monkeypatch.setattr(prompt_encoding, "load_text_encoder", None)
+    _, again = _run(config, tmp_path / "again")
+    assert again.rows[1]["reward"] == recorder.rows[1]["reward"]
 
 
 def test_a_bf16_working_copy_trains_on_fp32_masters(models: Path, tmp_path: Path) -> None:
