@@ -1,10 +1,10 @@
-"""The command line: argrpo demo | train | sample | moments | eval | report | doctor.
+"""The command line: argrpo demo | train | sample | moments | score | eval | report | doctor.
 
 Exit codes:
     0    done
     1    a bug of argrpo, or of a judge of yours: a traceback says where
     2    a setting, a flag or an input file is wrong: one line names it
-    69   a judge failed for too long; a checkpoint was saved
+    69   a judge failed for too long; what there was is saved
     70   a gradient stopped being a finite number
     74   the machine: disk full, no permission, out of memory
     130  stopped by Ctrl-C
@@ -159,6 +159,26 @@ def _moments(arguments: list[str]) -> None:
     print(f"{config.output}: {moments.num_images} images, {moments.dim} features")
 
 
+def _score(arguments: list[str]) -> Callable[[], None]:
+    from argrpo.config_files import parse_config
+    from argrpo.progress import stage_progress
+    from argrpo.score import ScoreConfig, prepare_scoring
+
+    lists: dict[str, str | None] = {"--rewards": "name"}
+    config = parse_config(ScoreConfig, arguments, command="argrpo score", lists=lists)
+    config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
+    sys.path.append(os.getcwd())  # as for argrpo train
+    _prepare_digits_of(config, config.cache_dir)
+    run = prepare_scoring(config)
+
+    def scored() -> None:
+        with stage_progress(Console()) as report:
+            folder = run(report)
+        print(f"{folder}: scores.csv, scores.json, histograms.png")
+
+    return scored
+
+
 def _eval(arguments: list[str]) -> None:
     from argrpo.evaluation_command import run_evaluation
 
@@ -213,6 +233,7 @@ def _exit_code(error: Exception, is_running: bool) -> int:
     like wrong input is a bug, of argrpo or of a judge."""
     import torch
 
+    from argrpo.image_folder import UnreadableImageError
     from argrpo.non_finite import NonFiniteError
     from argrpo.rewards.failure_watch import JudgesUnavailableError
     from argrpo.run_folder import StorageError
@@ -223,6 +244,8 @@ def _exit_code(error: Exception, is_running: bool) -> int:
         return NO_JUDGE
     if isinstance(error, StorageError | torch.OutOfMemoryError | MemoryError):
         return MACHINE
+    if isinstance(error, UnreadableImageError):
+        return WRONG_INPUT
     if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return BUG if is_running else WRONG_INPUT
     return MACHINE if isinstance(error, OSError) else BUG
@@ -245,6 +268,7 @@ _COMMANDS = {
     "train": _Command("fine-tune a policy: --config FILE.yaml or a preset, and overrides", _train),
     "sample": _Command("draw images from a policy into PNG files", _sample),
     "moments": _Command("mean and covariance of images' features, for loo_fid", _moments),
+    "score": _Command("what judges say of a folder of images: a table and histograms", _score),
     "eval": _Command("c2i or t2i: draw many images and measure them as papers do", _eval),
     "report": _Command("write report.html about a run folder", _report),
     "doctor": _Command("say what is installed, what will be used, and why", _doctor),

@@ -27,6 +27,7 @@ from argrpo.models.vq import VQConfig, VQTokenizer
 from argrpo.non_finite import NonFiniteError
 from argrpo.rewards.failure_watch import JudgesUnavailableError
 from argrpo.sampling import SampleConfig
+from argrpo.score import ScoreConfig
 from argrpo.trainer import Trainer
 
 JUDGES = """
@@ -347,7 +348,7 @@ def test_the_help_lists_the_commands_that_stand_and_no_other(
 ) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("demo", "train", "sample", "moments", "report", "doctor"):
+    for command in ("demo", "train", "sample", "moments", "score", "report", "doctor"):
         assert f"\n  {command} " in text
     assert main(["eval"]) == 2
 
@@ -366,11 +367,11 @@ def test_the_commands_of_the_readme_parse() -> None:
     commands = [line.split("#")[0] for line in re.findall(r"\n    argrpo (.*)", text)]
     parsed = [shlex.split(command) for command in commands]
     assert {words[0] for words in parsed} >= {"train", "sample"}
-    kinds = {"train": TrainConfig, "sample": SampleConfig}
+    kinds = {"train": TrainConfig, "sample": SampleConfig, "score": ScoreConfig}
     lists = {"--rewards": "name", "--names": None}
     for command, *words in parsed:
         config = parse_config(kinds[command], words, command="", lists=lists)
-        assert config.output_dir is not None
+        assert config.output_dir is not None or command == "score"
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -1,0 +1,134 @@
+"""A folder of pictures and the prompts that they were made for."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from argrpo.data import Prompt
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_SHEET = "grid.png"  # what argrpo sample leaves beside its images
+
+
+class UnreadableImageError(ValueError):
+    """A file that is no picture, or a broken one."""
+
+
+class Picture(NamedTuple):
+    """One file."""
+
+    path: Path
+    prompt: Prompt
+
+
+def list_images(folder: Path) -> list[Path]:
+    """All pictures under a folder in the order of their paths, without the sheet of argrpo sample.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+        ValueError: no picture is in it.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"images: expected a folder, got {folder}")
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.name != _SHEET
+    )
+    if not found:
+        raise ValueError(f"images: expected pictures ({', '.join(SUFFIXES)}), got none in {folder}")
+    return found
+
+
+def with_prompts(paths: Sequence[Path], folder: Path, file: Path | None) -> list[Picture]:
+    """Pictures and their prompts.
+
+    Args:
+        paths: of `list_images`.
+        folder: to which the names in `file` are relative.
+        file: .json, an object from file names to prompts; or text, a prompt a line in the order of
+            the pictures, each for as many consecutive ones as come on a line; None: no texts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, lacks a picture, or has lines that do not divide the pictures.
+    """
+    if file is None:
+        return [Picture(path, Prompt("")) for path in paths]
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts: expected a file, got {file}")
+    text = file.read_text(encoding="utf-8")
+    if file.suffix.lower() == ".json":
+        texts = _named_texts(text, paths, folder, file)
+    else:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines or len(paths) % len(lines):
+            raise ValueError(
+                f"prompts: expected a line for each of {len(paths)} images, or for each so many of "
+                f"them, got {len(lines)} in {file}"
+            )
+        repeats = len(paths) // len(lines)
+        texts = [line for line in lines for _ in range(repeats)]
+    ids = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    return [
+        Picture(path, Prompt(text, prompt_id=ids[text]))
+        for path, text in zip(paths, texts, strict=True)
+    ]
+
+
+def read_batches(pictures: Sequence[Picture], batch: int) -> Iterator[tuple[int, Tensor]]:
+    """Consecutive pictures of one size, at most `batch` at a time.
+
+    Yields:
+        The place of the first, and [n, 3, H, W] fp32 in [0, 1].
+
+    Raises:
+        UnreadableImageError: a file is no picture.
+    """
+    start, waiting = 0, list[Tensor]()
+    for place, picture in enumerate(pictures):
+        image = read_image(picture.path)
+        if waiting and (len(waiting) == batch or image.shape != waiting[0].shape):
+            yield start, torch.stack(waiting)
+            start, waiting = place, []
+        waiting.append(image)
+    if waiting:
+        yield start, torch.stack(waiting)
+
+
+def read_image(path: Path) -> Tensor:
+    """[3, H, W] fp32 in [0, 1]; transparency is dropped."""
+    try:
+        with Image.open(path) as file:
+            levels = np.array(file.convert("RGB"))
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"images: expected a picture, got {path} ({error})") from error
+    return torch.from_numpy(levels).permute(2, 0, 1).float() / 255.0
+
+
+def _named_texts(text: str, paths: Sequence[Path], folder: Path, file: Path) -> list[str]:
+    try:
+        named = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"prompts: expected JSON in {file}, got something else: {error}"
+        ) from error
+    if not isinstance(named, dict):
+        raise ValueError(
+            f"prompts: expected an object from file names to prompts in {file}, got "
+            f"{type(named).__name__}"
+        )
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    missing = [name for name in names if not isinstance(named.get(name), str)]
+    if missing:
+        raise ValueError(
+            f"prompts: expected a text for each image in {file}, got none for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    return [named[name] for name in names]
