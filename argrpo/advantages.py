@@ -38,6 +38,20 @@ class Advantages:
     used: Tensor  # [P, G] bool: scored, in a group of at least two scores; the rest has no say
     group_std: Tensor  # [P, R'] in that dtype, R' columns normalised apart; 0 below two scores
 
+    def of_images(self, image_ids: Tensor) -> "Advantages":
+        """Those of some images, as found within their whole groups; each a group of its own.
+
+        Args:
+            image_ids: [n] int64, places in the step.
+        """
+        group = image_ids // self.values.shape[1]
+        return Advantages(
+            values=self.values.flatten()[image_ids, None],
+            components=self.components.flatten(0, 1)[image_ids, None],
+            used=self.used.flatten()[image_ids, None],
+            group_std=self.group_std[group],
+        )
+
     def metrics(self) -> dict[str, float]:
         """TRL's reward_std (mean over groups) and frac_reward_zero_std.
 

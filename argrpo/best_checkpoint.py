@@ -9,6 +9,7 @@ from typing import Literal
 
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.loading import save_policy
+from argrpo.ranks import is_first
 from argrpo.run_folder import RunFolder, point_to, write_atomically
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class BestCheckpoint:
         return value > self._value if self._mode == "max" else value < self._value
 
     def save(self, policy: ImagePolicy, step: int, metrics: dict[str, float]) -> None:
-        """Keep the policy in place of the one before.
+        """Keep the policy in place of the one before; of several ranks the first writes it.
 
         Args:
             policy: with the weights that were measured.
@@ -60,15 +61,19 @@ class BestCheckpoint:
         Raises:
             StorageError, OSError: the disk is full or refused; the policy before is still there.
         """
+        if is_first():
+            self._write(policy, step, metrics)
+        self._value = metrics[self._metric]
+
+    def _write(self, policy: ImagePolicy, step: int, metrics: dict[str, float]) -> None:
         kept = self._folder.best_of(step)
         # Left by a run in this folder that failed before its first step.
         shutil.rmtree(kept, ignore_errors=True)
-        value = metrics[self._metric]
         record = {
             "step": step,
             "metric": self._metric,
             "mode": self._mode,
-            "value": value,
+            "value": metrics[self._metric],
             "metrics": {
                 name: number if math.isfinite(number) else None
                 for name, number in metrics.items()
@@ -82,4 +87,3 @@ class BestCheckpoint:
         for old in kept.parent.glob("best_step_*"):
             if old != kept:
                 shutil.rmtree(old, ignore_errors=True)
-        self._value = value

@@ -8,6 +8,9 @@ Exit codes:
     70   a gradient stopped being a finite number
     74   the machine: disk full, no permission, out of memory
     130  stopped by Ctrl-C
+
+Under torchrun `argrpo train` is one run on several processes; all of them end with the code of the
+one that failed first, which alone says why. torchrun itself then ends with 1.
 """
 
 import argparse
@@ -16,12 +19,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
 import argrpo
+
+_TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of each process that it starts
 
 DONE, BUG, WRONG_INPUT, NO_JUDGE, NOT_FINITE, MACHINE, STOPPED = 0, 1, 2, 69, 70, 74, 130
 
@@ -31,6 +37,7 @@ class _Command(NamedTuple):
 
     help: str
     prepare: Callable[[list[str]], Callable[[], None] | None]
+    on_ranks: bool = False  # whether the processes that torchrun starts do it together
 
 
 class _WarningLines(logging.Handler):
@@ -52,6 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return _code_of(stop)
     logging.basicConfig(level=logging.WARNING, handlers=[_WarningLines()])
+    if _TORCHRUN in os.environ:
+        return _run_on_ranks(chosen)
+    return _run(chosen)
+
+
+def _run_on_ranks(chosen: argparse.Namespace) -> int:
+    from argrpo.process_group import process_group
+    from argrpo.ranks import PeerError, is_first
+
+    if not _COMMANDS[chosen.command].on_ranks:
+        return _told(f"torchrun: expected argrpo train, got {chosen.command}", WRONG_INPUT)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(process_group())
+        except RuntimeError as error:
+            return _told(f"torchrun: {' '.join(str(error).split())}", MACHINE)
+        if not is_first():
+            logging.disable(logging.WARNING)
+        try:
+            return _run(chosen)
+        except PeerError as error:
+            return _told(str(error), error.code) if is_first() else error.code
+
+
+def _run(chosen: argparse.Namespace) -> int:
     is_running = False
     try:
         run = _COMMANDS[chosen.command].prepare(chosen.arguments)
@@ -61,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return _code_of(stop)
     except KeyboardInterrupt:
-        return _told("stopped by Ctrl-C", STOPPED)
+        return _failed("stopped by Ctrl-C", STOPPED)
     except Exception as error:
         code = _exit_code(error, is_running)
         if code == BUG or chosen.traceback:
             raise
-        return _told(" ".join(str(error).split()), code)
+        return _failed(" ".join(str(error).split()), code)
     return DONE
 
 
@@ -103,6 +135,8 @@ def _train(arguments: list[str]) -> Callable[[], None]:
     from argrpo.config import TrainConfig, describe
     from argrpo.config_files import parse_config
     from argrpo.progress import stage_progress
+    from argrpo.ranks import is_first, num_ranks
+    from argrpo.step_split import describe_split
     from argrpo.trackers import make_trackers
     from argrpo.trainer import Trainer
 
@@ -114,14 +148,17 @@ def _train(arguments: list[str]) -> Callable[[], None]:
     # path, so that no file there hides an installed package.
     sys.path.append(os.getcwd())
     _prepare_digits_of(config, config.cache_dir)
-    with stage_progress(Console()) as report:
+    with stage_progress(Console(quiet=not is_first())) as report:
         trainer = Trainer(config, make_trackers(config, progress=True), report)
 
     def run() -> None:
         engine = trainer.engine.describe()
-        for line in [*describe(config), engine, *trainer.describe_memory()]:
+        lines = [*describe(config), *describe_split(config, num_ranks()), engine]
+        for line in [*lines, *trainer.describe_memory()] if is_first() else []:
             print(line)
         result = trainer.train()
+        if not is_first():
+            return
         print(f"tuned policy: {result.policy_path}")
         if trainer.profile.trace_path is not None:
             print(f"trace: {trainer.profile.trace_path}")
@@ -216,9 +253,10 @@ def _doctor(arguments: list[str]) -> None:
 def _prepare_digits_of(config: object, cache_dir: str | None) -> None:
     """Train the embedded models where it can be seen, if a path of the config names one."""
     from argrpo.demo import prepare_digits
+    from argrpo.ranks import is_first
 
     if "digits:" in repr(config):
-        prepare_digits(cache_dir, Console())
+        prepare_digits(cache_dir, Console(quiet=not is_first()))
 
 
 def _cache_dir(asked: str | None) -> str:
@@ -235,8 +273,12 @@ def _exit_code(error: Exception, is_running: bool) -> int:
 
     from argrpo.image_folder import UnreadableImageError
     from argrpo.non_finite import NonFiniteError
+    from argrpo.ranks import PeerError
     from argrpo.rewards.failure_watch import JudgesUnavailableError
     from argrpo.run_folder import StorageError
+
+    if isinstance(error, PeerError):
+        return BUG  # raised on, to _run_on_ranks
 
     if isinstance(error, NonFiniteError):
         return NOT_FINITE
@@ -249,6 +291,14 @@ def _exit_code(error: Exception, is_running: bool) -> int:
     if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return BUG if is_running else WRONG_INPUT
     return MACHINE if isinstance(error, OSError) else BUG
+
+
+def _failed(message: str, code: int) -> int:
+    """Say what went wrong: to the other ranks of the run, and to the user if none did before."""
+    from argrpo.ranks import tell_failure
+
+    line = tell_failure(message, code)
+    return code if line is None else _told(line, code)
 
 
 def _told(message: str, code: int) -> int:
@@ -265,7 +315,9 @@ def _code_of(stop: SystemExit) -> int:
 
 _COMMANDS = {
     "demo": _Command("train the embedded digits task from nothing, and report on it", _demo),
-    "train": _Command("fine-tune a policy: --config FILE.yaml or a preset, and overrides", _train),
+    "train": _Command(
+        "fine-tune a policy: --config FILE.yaml or a preset, and overrides", _train, on_ranks=True
+    ),
     "sample": _Command("draw images from a policy into PNG files", _sample),
     "moments": _Command("mean and covariance of images' features, for loo_fid", _moments),
     "score": _Command("what judges say of a folder of images: a table and histograms", _score),

@@ -21,19 +21,23 @@ from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.image_statistics import image_statistics, statistics_metrics
 from argrpo.models.vq import VQTokenizer
 from argrpo.pixels import seen_by_judges
+from argrpo.ranks import gather_images, gather_rows, num_ranks, own_rank
+from argrpo.rewards.over_ranks import scores_over_ranks
 from argrpo.rewards.pool import Scoring
 from argrpo.rewards.protocols import StepContext
 from argrpo.rewards.scoring import Judges, Scores
 from argrpo.side_stream import SideStream
 from argrpo.step_clock import StepClock
+from argrpo.step_split import split_images
 
 
 class Collected(NamedTuple):
-    """The images of a step: N, those of a prompt next to each other. Judges may still be busy."""
+    """This rank's n images of a step, those of a prompt next to each other. Judges may still be
+    busy."""
 
     rollout: Rollout
     scoring: Scoring  # for `Collection.scores`
-    statistics: dict[str, float]  # of the images, as they are logged
+    statistics: Tensor  # [n, 4] of the images, see image_statistics.py
 
 
 class Collection:
@@ -56,19 +60,22 @@ class Collection:
         self._clock = clock
         self._overlaps = config.judging.overlap
         self._aside = SideStream(tokenizer.device, is_used=self._overlaps)
+        self.image_ids = split_images(config, own_rank(), num_ranks())
+        """[n] int64 on the CPU: this rank's images of every step."""
 
     def collect(self, step: int, *, with_monitors: bool, support: bool) -> Collected:
-        """Draw and decode the images of a step, and hand them to the judges.
+        """Draw and decode this rank's images of a step, and hand them to the judges.
 
         Args:
             step: 0-based; decides the prompts and the seed.
             with_monitors: ask the judges that only measure, too.
             support: remember which tokens the filters kept.
         """
-        prompts = self._prompts.draw(self._config.prompts_per_step, self._config.seed, step)
-        repeated = [p for p in prompts for _ in range(self._config.images_per_prompt)]
+        drawn = self._prompts.draw(self._config.prompts_per_step, self._config.seed, step)
+        groups = self.image_ids // self._config.images_per_prompt
+        prompts = [drawn[group] for group in groups.tolist()]
         context = StepContext(step + 1, self._config.num_steps)
-        scoring = self._judges.begin(repeated, with_monitors=with_monitors, context=context)
+        scoring = self._judges.begin(prompts, with_monitors=with_monitors, context=context)
         try:
             with self._aside.entered():
                 found = self._collect(prompts, step, support, scoring)
@@ -79,9 +86,27 @@ class Collection:
         return found
 
     def scores(self, collected: Collected) -> Scores:
-        """What the judges said, once they are done."""
+        """What the judges said of all ranks' images, once they are done.
+
+        Raises:
+            PeerError: another rank failed.
+        """
         with self._phase("reward"), self._aside.entered():
-            return self._judges.finish(collected.scoring)
+            scores = self._judges.finish(collected.scoring)
+        return scores_over_ranks(scores, self.image_ids)
+
+    def measured(self, collected: Collected) -> dict[str, float]:
+        """Metrics of the images of all ranks, whatever judges say.
+
+        Raises:
+            PeerError: another rank failed.
+        """
+        tokens, _ = gather_rows(collected.rollout.token_ids.unique()[:, None])
+        entropies = collected.rollout.entropies.double().mean(dim=1, keepdim=True)
+        return {
+            **statistics_metrics(gather_images(collected.statistics, self.image_ids), tokens),
+            "entropy/draw": gather_images(entropies, self.image_ids).mean().item(),
+        }
 
     def pixels(self, rollout: Rollout) -> Tensor:
         """[N, 3, H, W] fp32 in [0, 1]."""
@@ -91,12 +116,12 @@ class Collection:
     def _collect(
         self, prompts: list[Prompt], step: int, support: bool, scoring: Scoring
     ) -> Collected:
-        conditions = self._prompts.conditions(prompts, self._config.images_per_prompt)
+        conditions = self._prompts.conditions(prompts, repeats=1)
         batch = self._config.tokenizer.decode_batch
         parts: list[Rollout] = []
         statistics: list[Tensor] = []
         undecoded: Tensor | None = None
-        num_left = len(prompts) * self._config.images_per_prompt
+        num_left = len(prompts)
         for part in self._drawn(conditions, step, support):
             parts.append(part)
             num_left -= len(part)
@@ -105,21 +130,26 @@ class Collection:
                 there = torch.cat([undecoded, there])
             # A batch that is not whole yet waits for its images, or it would round another way.
             count = len(there) // batch * batch if num_left else len(there)
-            for token_ids in there[:count].split(batch):
-                statistics.append(self._hand_over(token_ids, scoring))
+            for first in range(0, count, batch):
+                statistics.append(self._hand_over(there[first:count][:batch], scoring))
             undecoded = there[count:]
         rollout = concatenate(parts, moved_to(conditions, parts[0].token_ids.device))
-        measured = statistics_metrics(torch.cat(statistics), rollout.token_ids)
-        return Collected(rollout, scoring, measured)
+        return Collected(rollout, scoring, torch.cat(statistics))
 
     def _drawn(self, conditions: Conditions, step: int, support: bool) -> Iterator[Rollout]:
         """The images of a step as they finish; all at once where nothing overlaps."""
-        params, seed = self._config.rollout, draw_seed(self._config.seed, step)
+        params, ids = self._config.rollout, self.image_ids
+        seed = draw_seed(self._config.seed, step)
         with self._phase("rollout"):
             if not self._overlaps:
-                parts = iter([self._engine.draw(conditions, params, seed=seed, support=support)])
+                whole = self._engine.draw(
+                    conditions, params, seed=seed, image_ids=ids, support=support
+                )
+                parts = iter([whole])
             else:
-                parts = self._engine.draw_iter(conditions, params, seed=seed, support=support)
+                parts = self._engine.draw_iter(
+                    conditions, params, seed=seed, image_ids=ids, support=support
+                )
             part = next(parts, None)
         while part is not None:
             yield part

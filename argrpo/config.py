@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from argrpo.data_config import DataConfig
+from argrpo.distributed_config import DistributedConfig
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.entropy_control import EntropyConfig
 from argrpo.eval_config import EvalConfig
@@ -124,6 +125,9 @@ class TrainConfig:
 
     fault: FaultConfig = field(default_factory=FaultConfig)
     """What is done about numbers that are none, and about standing still."""
+
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How several processes share the work."""
 
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """Which steps are traced."""

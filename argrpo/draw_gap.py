@@ -1,4 +1,5 @@
-"""How far the log-probs that are trained on lie from those that the engine recorded at the draw.
+"""How far the log-probs that are trained on lie from those that the engine recorded at the draw,
+over the images of all ranks.
 
 Shapes: n images of an optimizer step, T tokens of an image.
 """
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from argrpo.engine.rollout import Rollout
+from argrpo.ranks import gather_rows
 
 
 def draw_difference(rollout: Rollout, rows: Tensor, logprobs: Tensor) -> dict[str, float]:
@@ -17,7 +19,8 @@ def draw_difference(rollout: Rollout, rows: Tensor, logprobs: Tensor) -> dict[st
         rows: [n] int64, which of them.
         logprobs: [n, T] of the policy that trains, before it moved.
     """
-    difference = (logprobs - rollout.logprobs[rows]).abs().flatten().sort().values
+    own = (logprobs - rollout.logprobs[rows]).abs()
+    difference = gather_rows(own)[0].flatten().sort().values
     last = len(difference) - 1
     chosen = difference[[last // 2, last * 99 // 100, last]]
     values = torch.cat([difference.mean()[None], chosen]).tolist()
@@ -30,4 +33,5 @@ def draw_difference(rollout: Rollout, rows: Tensor, logprobs: Tensor) -> dict[st
 
 def draw_ratio(rollout: Rollout, rows: Tensor, logprobs: Tensor) -> float:
     """Largest abs(ratio - 1) of the policy that trains to the one that drew."""
-    return (logprobs - rollout.logprobs[rows]).expm1().abs().max().item()
+    own = (logprobs - rollout.logprobs[rows]).expm1().abs().max()
+    return gather_rows(own.view(1, 1))[0].max().item()

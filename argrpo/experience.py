@@ -7,6 +7,7 @@ from torch import Tensor
 
 from argrpo.engine.rollout import Rollout
 from argrpo.loss_batch import LossBatch, LossScale
+from argrpo.ranks import count_over_ranks
 from argrpo.token_scores import TokensToScore
 
 
@@ -35,12 +36,13 @@ class Experience:
         return len(self.used)
 
     def scale(self, rows: Tensor, *, summed: int) -> LossScale:
-        """The size of an optimizer step on some images.
+        """The size of an optimizer step on some images, and on as many of each other rank.
 
         Without a score, or another to compare it with, an image does not even feel the KL.
         """
         # A host sync an optimizer step, and none where every image was scored.
-        num_used = len(rows) if self.all_used else int(self.used[rows].sum())
+        own_used = len(rows) if self.all_used else int(self.used[rows].sum())
+        num_used = count_over_ranks(own_used)
         num_tokens = self.rollout.token_ids.shape[1]
         return LossScale(max(num_used, 1), num_used * num_tokens, num_tokens, summed)
 

@@ -47,7 +47,7 @@ def statistics_metrics(values: Tensor, token_ids: Tensor) -> dict[str, float]:
 
     Args:
         values: [N, 4] of `image_statistics`.
-        token_ids: [N, T] of all its images.
+        token_ids: of all its images, in any shape; each token that occurs at least once.
 
     Returns:
         images/NAME of each of `STATISTICS`, and images/distinct_tokens_of_step.

@@ -26,6 +26,7 @@ from argrpo.experience import Experience, FixedLogprobs
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.non_finite import RefusedUpdate
 from argrpo.policy_update import PolicyUpdate
+from argrpo.ranks import gather_rows
 from argrpo.reference import Reference
 from argrpo.state_names import part_of, with_prefixes
 from argrpo.step_progress import StepProgress
@@ -193,7 +194,9 @@ class Learner:
             return None
         if config.objective.old_logprobs == "draw":
             return rollout.logprobs
-        return self._update.scored(self._policy, self._update.trained(tokens)).logprobs
+        return self._update.scored(
+            self._policy, self._update.trained(tokens, rollout.image_ids)
+        ).logprobs
 
     def _by_completion(
         self, tokens: TokensToScore, rows: Tensor, rule: Callable[[float], float]
@@ -201,7 +204,8 @@ class Learner:
         """[N] coefficients of the images of an optimizer step, by their places in their groups."""
         group = self._config.images_per_prompt
         entropies = self._update.scored(self._policy, tokens.rows(rows)).entropies
-        of_places = entropies.mean(dim=1).view(-1, group).mean(dim=0).tolist()
+        own = entropies.mean(dim=1).view(-1, group).mean(dim=0)
+        of_places = gather_rows(own[None])[0].mean(dim=0).tolist()
         coefficients = entropies.new_zeros(len(tokens.token_ids))
         coefficients[rows] = entropies.new_tensor([rule(h) for h in of_places]).repeat(
             len(rows) // group
@@ -256,14 +260,15 @@ class Learner:
         return gap
 
     def _policy_entropy(self, tokens: TokensToScore) -> dict[str, float]:
-        """entropy/policy over the first micro-batch, where the loss measures another entropy."""
+        """entropy/policy over each rank's first micro-batch, where the loss measures another."""
         if tokens.params == _CONDITIONAL:
             return {}
         count = self._config.micro_batch
         first = tokens.rows(torch.arange(len(tokens.token_ids))[:count].to(tokens.token_ids.device))
         conditional = first._replace(params=_CONDITIONAL, support=None)
         entropies = self._update.scored(self._policy, conditional).entropies
-        return {"entropy/policy": entropies.mean().item()}
+        means, _ = gather_rows(entropies.mean().view(1, 1))
+        return {"entropy/policy": means.mean().item()}
 
     def _minibatches(self, num_images: int) -> tuple[Tensor, ...]:
         rows = torch.arange(num_images, device=self._policy.head_weight.device)

@@ -5,11 +5,13 @@ Everything is kept as sums, minima and maxima on the device; names and means com
 Shapes: N images, T tokens of an image.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from argrpo.ranks import gather_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq would compare tensors
@@ -52,6 +54,16 @@ class LossMetrics:
             kl=_sum(self.kl, other.kl),
             entropy=_sum(self.entropy, other.entropy),
         )
+
+    def over_ranks(self) -> "LossMetrics":
+        """The metrics of all ranks together, the same on each of them."""
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        rows, _ = gather_rows(torch.stack([getattr(self, name) for name in names])[None])
+        parts = [replace(self, **dict(zip(names, row, strict=True))) for row in rows]
+        merged = parts[0]
+        for part in parts[1:]:
+            merged = merged.merged(part)
+        return merged
 
     def named(self, *, entropy_name: str = "entropy/policy") -> dict[str, float]:
         """Means over tokens under TRL's names; kl and entropy only if they were given.

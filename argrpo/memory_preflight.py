@@ -24,6 +24,7 @@ from argrpo.head_gradients import backward
 from argrpo.loss_batch import LossBatch, LossScale
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.peak_memory import MemoryUse, memory_use
+from argrpo.ranks import num_ranks
 from argrpo.token_scores import HeadInputs, TokensToScore, head_inputs
 
 _FP32 = 4
@@ -146,7 +147,7 @@ def forecast_memory(
     head_gradient = _FP32 * policy.head_weight.numel()
     return MemoryForecast(
         weights=own * (1 + _has_reference_beside(config)) + _average_bytes(policy, config),
-        optimizer=(2 * _FP32 + (0 if is_fp32 else _FP32)) * count,
+        optimizer=_optimizer_bytes(count, is_fp32),
         gradients=main_gradients + beside,
         gradients_before=head_gradient if is_single else main_gradients,
         rollout=_rollout_bytes(policy, config),
@@ -155,6 +156,12 @@ def forecast_memory(
         head=_head_use(policy, config, micro_batch).peak,
         images_per_prompt=config.images_per_prompt,
     )
+
+
+def _optimizer_bytes(num_weights: int, is_fp32: bool) -> int:
+    """Moments, and masters apart from the weights: of fp32 only where ranks hold a part each."""
+    has_masters = not is_fp32 or num_ranks() > 1
+    return (2 + has_masters) * _FP32 * num_weights // num_ranks()
 
 
 def available_bytes(device: torch.device) -> int:

@@ -26,7 +26,7 @@ from argrpo.loss_metrics import LossMetrics
 from argrpo.micro_batch import MicroBatch
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.non_finite import NonFiniteError, RefusedUpdate
-from argrpo.optimizer import MasterAdamW
+from argrpo.rank_optimizer import make_optimizer
 from argrpo.schedules import learning_rate
 from argrpo.state_names import named, part_of, with_prefixes
 from argrpo.token_scores import TokensToScore, head_inputs, scored, with_null_labels
@@ -38,8 +38,8 @@ class Passed(NamedTuple):
     """What the passes of an optimizer step left besides its gradient."""
 
     logprobs: Tensor  # [n, T] fp32, before it
-    losses: LossMetrics
-    num_tokens: int  # that count
+    losses: LossMetrics  # of all ranks
+    num_tokens: int  # that count, of all ranks
 
 
 class PolicyUpdate:
@@ -56,13 +56,7 @@ class PolicyUpdate:
         self._config = config
         self._ranges = ranges
         self._micro_batch = MicroBatch(config.micro_batch)
-        self._optimizer = MasterAdamW(
-            policy.named_parameters(),
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            max_grad_norm=config.optimizer.max_grad_norm,
-            fp32_masters=not config.parity.bf16_masters,
-        )
+        self._optimizer = make_optimizer(policy, config)
         self._head_name = next(
             name for name, weight in policy.named_parameters() if weight is policy.head_weight
         )
@@ -82,6 +76,7 @@ class PolicyUpdate:
 
         Raises:
             torch.OutOfMemoryError: half a micro-batch did not fit either.
+            PeerError: another rank failed.
         """
         config = self._config
         group = config.images_per_prompt if config.parity.sum_over_group else 1
@@ -89,7 +84,7 @@ class PolicyUpdate:
         dropout = self._dropout.get_state()
 
         def work(micro_batch: int) -> Passed:
-            tokens = self.trained(experience.tokens)
+            tokens = self.trained(experience.tokens, experience.rollout.image_ids)
             parts = [
                 self._accumulate(tokens.rows(part), experience.batch(part, scale, entropy_coef))
                 for part in rows.split(micro_batch)
@@ -102,7 +97,8 @@ class PolicyUpdate:
             self._optimizer.discard()
             self._dropout.set_state(dropout)
 
-        return self._micro_batch.fitted(work, undo)
+        passed = self._micro_batch.fitted(work, undo)
+        return passed._replace(losses=passed.losses.over_ranks())
 
     def step(self, passed: Passed, step: int) -> float:
         """Move the weights along the gradient that `passes` left.
@@ -149,10 +145,12 @@ class PolicyUpdate:
         """Log-probs and entropies of all tokens, without gradients."""
         return self._micro_batch.fitted(lambda size: scored(model, tokens, size), undo=_nothing)
 
-    def trained(self, tokens: TokensToScore) -> TokensToScore:
+    def trained(self, tokens: TokensToScore, image_ids: Tensor) -> TokensToScore:
         """What the policy scores, in each pass."""
         share = self._config.parity.label_dropout
-        return with_null_labels(tokens, self._policy, share, self._dropout) if share else tokens
+        if share == 0:
+            return tokens
+        return with_null_labels(tokens, self._policy, share, self._dropout, image_ids)
 
     def learning_rate(self, step: int) -> float:
         config = self._config.optimizer.learning_rate

@@ -8,8 +8,12 @@ connections, which ends a meeting at once.
 Shapes: R ranks, n rows of one, N rows of all.
 """
 
+import json
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +75,22 @@ def meet(place: str, *, wish: bool = False) -> bool:
     return bool(wished)
 
 
-def tell_failure(message: str, code: int) -> bool:
+@contextmanager
+def node_leader_first(place: str) -> Iterator[None]:
+    """Inside, the first process of each machine goes first; the others find what it left on disk.
+
+    Raises:
+        PeerError: a rank failed.
+    """
+    leads = not _are_several() or dist.get_node_local_rank(fallback_rank=own_rank()) == 0
+    if not leads:
+        meet(place)
+    yield
+    if leads:
+        meet(place)
+
+
+def tell_failure(message: str, code: int) -> str | None:
     """Take a failure of this rank to the next meeting of the others; its last word.
 
     Waits a minute at most: a rank that comes later finds the connection closed.
@@ -81,10 +100,10 @@ def tell_failure(message: str, code: int) -> bool:
         code: the exit code of this process, above 0; the others end with it too.
 
     Returns:
-        Whether no rank before this one failed too, so that it is the one to speak.
+        What to tell the user; None where a rank before this one failed too, and speaks.
     """
     if not _are_several():
-        return True
+        return message
     try:
         state = torch.tensor([1, 0, 0, 0])
         done = dist.all_reduce(state, op=dist.ReduceOp.MAX, async_op=True)
@@ -92,8 +111,9 @@ def tell_failure(message: str, code: int) -> bool:
         done.wait(_TELL_WAIT)
         failures = _exchanged(message, code)
     except RuntimeError:
-        return True  # nobody is there to be told
-    return min(failures) == own_rank()
+        failures = {}  # nobody is there to be told
+    is_lowest = min(failures, default=own_rank()) == own_rank()
+    return f"rank {own_rank()}: {message}" if is_lowest else None
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:
@@ -131,8 +151,8 @@ def gather_images(values: Tensor, image_ids: Tensor) -> Tensor:
     So every later sum runs in the same order, however many ranks there are.
 
     Args:
-        values: [n, C] of this rank's images.
-        image_ids: [n] int64 on the same device; all ranks together hold 0 to N - 1.
+        values: [n, C] of this rank's images, on a device that the process group serves.
+        image_ids: [n] int64 on the CPU; all ranks together hold 0 to N - 1.
 
     Returns:
         [N, C], row i of image i; the same on every rank.
@@ -145,6 +165,19 @@ def gather_images(values: Tensor, image_ids: Tensor) -> Tensor:
     together, _ = gather_rows(values)
     ids, _ = gather_rows(image_ids[:, None])
     return together[ids[:, 0].argsort()]
+
+
+def gather_json(value: Any) -> list[Any]:
+    """What JSON can say, from every rank, in the order of the ranks.
+
+    Raises:
+        PeerError: a rank failed.
+    """
+    if not _are_several():
+        return [value]
+    line = f"{json.dumps(value)}\n".encode()
+    together, _ = gather_rows(torch.tensor(list(line), dtype=torch.uint8)[:, None])
+    return [json.loads(part) for part in bytes(together.flatten().tolist()).splitlines()]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

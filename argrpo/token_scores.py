@@ -17,6 +17,7 @@ from argrpo.engine.sampling_params import SamplingParams
 from argrpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
 from argrpo.models.scoring import ScoringPolicy, drawn_hidden
 from argrpo.objective_config import PolicyKind
+from argrpo.ranks import num_ranks
 
 
 class TokensToScore(NamedTuple):
@@ -88,7 +89,11 @@ def scored(policy: ScoringPolicy, tokens: TokensToScore, micro_batch: int) -> To
 
 
 def with_null_labels(
-    tokens: TokensToScore, policy: ScoringPolicy, share: float, generator: torch.Generator
+    tokens: TokensToScore,
+    policy: ScoringPolicy,
+    share: float,
+    generator: torch.Generator,
+    image_ids: Tensor,
 ) -> TokensToScore:
     """The same tokens, some of their classes replaced by the null class.
 
@@ -96,7 +101,8 @@ def with_null_labels(
         tokens: of a class-conditional policy.
         policy: knows its null class.
         share: chance of each image.
-        generator: on the CPU.
+        generator: on the CPU, in one state on all ranks.
+        image_ids: [N] int64, the places of the images among those of all ranks.
 
     Raises:
         ValueError: the policy is conditioned on texts.
@@ -104,7 +110,8 @@ def with_null_labels(
     labels = tokens.conditions
     if isinstance(labels, TextFeatures):
         raise ValueError("parity.label_dropout: expected 0 for a text-conditional policy")
-    is_dropped = (torch.rand(len(labels), generator=generator) < share).to(labels.device)
+    chances = torch.rand(len(labels) * num_ranks(), generator=generator).to(labels.device)
+    is_dropped = chances[image_ids] < share
     null = policy.null_conditions(labels)
     assert isinstance(null, Tensor)
     return tokens._replace(conditions=torch.where(is_dropped, null, labels))

@@ -31,13 +31,17 @@ from argrpo.models.attention_backends import check_attention
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
 from argrpo.models.pairing import check_guidance, check_label_dropout, check_pair
 from argrpo.models.text_layout import text_layout
+from argrpo.profile_config import ProfileConfig
 from argrpo.progress import Report, unreported
+from argrpo.rank_checks import check_alike, common_folder
+from argrpo.ranks import is_first, meet, node_leader_first, num_ranks
 from argrpo.rewards.failure_watch import FailureWatch, JudgesUnavailableError
+from argrpo.rewards.over_ranks import extras_over_ranks
 from argrpo.rewards.scoring import Judges
-from argrpo.run_folder import RunFolder
 from argrpo.run_prompts import load_run_prompts
 from argrpo.step_clock import StepClock
 from argrpo.step_profile import StepProfile
+from argrpo.step_split import one_ranks_share, split_images
 from argrpo.trackers import Tracker, append_extras, make_trackers
 
 _LOG = logging.getLogger(__name__)
@@ -52,7 +56,11 @@ class TrainResult(NamedTuple):
 
 
 class Trainer:
-    """One run. Building it checks everything that can be checked before the first step."""
+    """One run. Building it checks everything that can be checked before the first step.
+
+    On several ranks each holds one, inside `argrpo.process_group.process_group`. All of them do
+    everything together, but only the first writes files and has trackers.
+    """
 
     def __init__(
         self,
@@ -71,19 +79,25 @@ class Trainer:
             ValueError: a file or a setting that does not fit the others, or an output folder that
                 holds another run, named.
             FileNotFoundError: a path that is not there.
+            PeerError: another rank failed.
         """
         self.config = config
         self._device = choose_device(config.device)
         check_attention(config.policy.attention, self._device, DTYPES[config.policy.dtype])
-        self._trackers = make_trackers(config, progress=False) if trackers is None else trackers
+        split_images(config, 0, num_ranks())  # refused before anything is loaded
+        if trackers is None:
+            trackers = make_trackers(config, progress=False)
+        self._trackers = trackers if is_first() else []
         # First, so that a taken folder is known before minutes go into loading models.
-        self._folder = RunFolder.create(config.output_dir)
+        self._folder = common_folder(config.output_dir)
         try:
-            self.profile = StepProfile(config.profile, self._device, self._folder)
+            traced = config.profile if is_first() else ProfileConfig()
+            self.profile = StepProfile(traced, self._device, self._folder)
             self._clock = StepClock(self._device, self.profile.ranges)
             self._load(report)
         except BaseException:
-            self._folder.discard_if_empty()
+            if is_first():
+                self._folder.discard_if_empty()
             raise
 
     def _load(self, report: Report) -> None:
@@ -92,9 +106,10 @@ class Trainer:
         with blamed_on("policy.path", sizes="policy."):
             layout = text_layout(policy_path, text_padding=config.policy.text_padding)
         # Before the policy, so that an encoder of texts is gone when the policy comes.
-        self._prompts = load_run_prompts(
-            config.data, layout, device=self._device, cache_dir=config.cache_dir, report=report
-        )
+        with node_leader_first("texts"):
+            self._prompts = load_run_prompts(
+                config.data, layout, device=self._device, cache_dir=config.cache_dir, report=report
+            )
         with blamed_on("policy.path", sizes="policy."):
             self.policy = load_policy(
                 policy_path,
@@ -114,6 +129,7 @@ class Trainer:
         check_pair(self.policy, self._tokenizer)
         check_guidance(self.policy, "rollout.guidance_scale", config.rollout.guidance_scale)
         check_label_dropout(self.policy, config.parity.label_dropout)
+        check_alike(config, self.policy)
         self.policy.check_conditions(self._prompts.probe())
         self._judges = Judges(config, self._device, self.profile.ranges)
         self._failures = FailureWatch(config.judging)
@@ -146,12 +162,17 @@ class Trainer:
 
         Rehearses small passes; leaves no trace in the weights or the random state.
         """
-        return self._forecast.describe(self.config, self._bytes_for_a_step())
+        return self._forecast.describe(self._share, self._bytes_for_a_step())
+
+    @property
+    def _share(self) -> TrainConfig:
+        """What this rank does of the run."""
+        return one_ranks_share(self.config, num_ranks())
 
     @cached_property
     def _forecast(self) -> MemoryForecast:
         conditions = moved_to(self._prompts.probe(), self._device)
-        return forecast_memory(self.policy, self.config, conditions)
+        return forecast_memory(self.policy, self._share, conditions)
 
     def _bytes_for_a_step(self) -> int:
         # Judges, tokenizer and weights stand already; the weights are part of the forecast.
@@ -159,11 +180,12 @@ class Trainer:
 
     def _make_engine(self) -> RolloutEngine:
         config = self.config
-        slots = min(config.max_slots or config.images_per_step, config.images_per_step)
+        own_images = config.images_per_step // num_ranks()
+        slots = min(config.max_slots or own_images, own_images)
         kv_bytes = config.kv_bytes
         if kv_bytes is None and self._device.type == "cuda":
             # The cache stays while the optimizer steps.
-            kv_bytes = self._forecast.left_for_cache(config, self._bytes_for_a_step())
+            kv_bytes = self._forecast.left_for_cache(self._share, self._bytes_for_a_step())
         return RolloutEngine(
             self.policy,
             max_slots=slots,
@@ -178,13 +200,15 @@ class Trainer:
         Raises:
             NonFiniteError: a gradient stopped being a number.
             JudgesUnavailableError: a judge failed for too long; a checkpoint was saved.
+            PeerError: another rank failed.
         """
         self._warn_of_mismatch()
         metrics: dict[str, float] = {}
         try:
             for tracker in self._trackers:
                 tracker.start(self.config, self._folder)
-            self._show_samples(0)
+            if is_first():
+                self._show_samples(0)
             if base := self._evaluate(0):
                 self._log(0, base)
             for step in range(self.config.num_steps):
@@ -195,6 +219,7 @@ class Trainer:
                     self._log(step + 1, metrics)
                     self._leave_files(step + 1)
                     self._check_judges(step + 1)
+            meet("end of the run")
         finally:
             self._judges.close()
             for tracker in self._trackers:
@@ -219,10 +244,11 @@ class Trainer:
             # Needs no score, so judges work meanwhile.
             fixed = self._learner.fixed_logprobs(rollout)
         scores = self._collection.scores(collected)
-        append_extras(self._folder.reward_extras_path, step + 1, self._judges.extras())
+        self._keep_extras(step + 1)
         self._problem = self._failures.observe(scores)
         advantages = scores.advantages(self.config.images_per_prompt)
-        experience = self._learner.prepare(rollout, advantages, fixed)
+        own = advantages.of_images(self._collection.image_ids)
+        experience = self._learner.prepare(rollout, own, fixed)
         entropy_coef = self._entropy.coefficient(step)
         with self._clock.phase("update"):
             by_completion = self.config.parity.entropy_by_completion
@@ -236,12 +262,13 @@ class Trainer:
             self._entropy.observe(learned["entropy/policy"])
         return {
             **scores.metrics(),
-            **collected.statistics,
+            **self._collection.measured(collected),
             **advantages.metrics(),
             "entropy/coef": entropy_coef,
             **learned,
-            "entropy/draw": rollout.entropies.mean().item(),
-            **self._clock.finish_step(len(rollout), rollout.token_ids.numel()),
+            **self._clock.finish_step(
+                self.config.images_per_step, num_ranks() * rollout.token_ids.numel()
+            ),
         }
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -268,7 +295,7 @@ class Trainer:
         last = step == self.config.num_steps
         every = self.config.output.save_every
         is_saved = last or bool(every and step % every == 0)
-        if not (is_saved or self._is_shown(step)):
+        if not is_first() or not (is_saved or self._is_shown(step)):
             return
         with self._learner.averaged():
             if self._is_shown(step):
@@ -285,10 +312,16 @@ class Trainer:
         if self._problem is None:
             return
         path = self._folder.checkpoint(step)
-        if not path.exists():
+        if is_first() and not path.exists():
             with self._learner.averaged():
                 self._save(step)
         raise JudgesUnavailableError(f"{self._problem}; the run ends here, saved in {path}")
+
+    def _keep_extras(self, step: int) -> None:
+        """What judges have to say of each image, in a file."""
+        extras = extras_over_ranks(self._judges.extras())
+        if is_first():
+            append_extras(self._folder.reward_extras_path, step, extras)
 
     def _show_samples(self, step: int) -> None:
         """A grid of the same conditions and seeds every time."""

@@ -1,5 +1,7 @@
 """What a policy draws while it is trained, measured at fixed seeds and conditions.
 
+Ranks share the images and measure all of them, so each has the same numbers.
+
 Nothing of it reaches the training: images, judges and random numbers are its own, and the weights
 are only read.
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from argrpo.config import TrainConfig
 from argrpo.data import Prompt, PromptSet
+from argrpo.engine.conditions import select
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.evaluation.diversity import distance_within, has_pairs, thumbnails
@@ -26,6 +29,7 @@ from argrpo.evaluation.set_measures import SetMeasures
 from argrpo.model_paths import blamed_on, named_within, resolve_path
 from argrpo.models.vq import VQTokenizer
 from argrpo.pixels import seen_by_judges
+from argrpo.ranks import gather_images, num_ranks, own_rank
 from argrpo.reward_config import RewardConfig
 from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.lanes import Judge
@@ -65,6 +69,12 @@ class Evaluation:
         self._config, self._device = config, device
         self._prompts = spread(prompts.prompts, settings.num_images)
         self._conditions = prompts.conditions(self._prompts, 1)
+        if settings.num_images < num_ranks():
+            raise ValueError(
+                f"eval.num_images: expected at least one for each of {num_ranks()} ranks, got "
+                f"{settings.num_images}"
+            )
+        self._own = torch.arange(settings.num_images).tensor_split(num_ranks())[own_rank()]
         self._groups = torch.tensor([prompt.prompt_id for prompt in self._prompts])
         self._seed = evaluation_seed(settings.seed)
         self._views = _views(settings.guidance_scales, config.rollout)
@@ -124,20 +134,26 @@ class Evaluation:
         self, engine: RolloutEngine, tokenizer: VQTokenizer, params: SamplingParams
     ) -> _Looks:
         """Images are decoded, seen and let go, as many at a time as a step of the training has."""
-        rollout = engine.draw(self._conditions, params, seed=self._seed)
+        own, conditions = self._own, select(self._conditions, self._own)
+        rollout = engine.draw(conditions, params, seed=self._seed, image_ids=own)
+        prompts = [self._prompts[row] for row in own.tolist()]
         scores, features, pixels = [], [], []
         count, settings = self._config.images_per_step, self._config.tokenizer
         for start in range(0, len(rollout), count):
             part = rollout.token_ids[start : start + count]
             images = tokenizer.decode(part, decode_batch=settings.decode_batch)
             seen = seen_by_judges(images, settings.pixels)
-            scores.append(self._score(seen, self._prompts[start : start + count]))
+            scores.append(self._score(seen, prompts[start : start + count]))
             pixels.append(thumbnails(seen))
             if self._measures is not None:
                 features.append(self._measures.features(seen))
-        together = torch.cat(features) if features else None
-        entropy = rollout.entropies.mean().item()
-        return _Looks(torch.cat(scores), together, torch.cat(pixels), entropy)
+        entropies = rollout.entropies.double().mean(dim=1, keepdim=True).cpu()
+        return _Looks(
+            gather_images(torch.cat(scores), own),
+            gather_images(torch.cat(features), own) if features else None,
+            gather_images(torch.cat(pixels), own),
+            gather_images(entropies, own).mean().item(),
+        )
 
     def _diversity(self, look: _Looks) -> dict[str, float]:
         """How different the images of one prompt are; nothing where each prompt has one image."""

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from argrpo.ranks import (
     count_over_ranks,
     expect_alike,
     gather_images,
+    gather_json,
     gather_rows,
     is_first,
     meet,
+    node_leader_first,
     num_ranks,
     own_rank,
     sum_over_ranks,
@@ -51,6 +54,32 @@ def test_rows_counts_and_wishes_reach_every_rank(run_ranks: Callable) -> None:
         assert images.flatten().tolist() == [0, 1, 2, 3, 4, 5]
         assert total.tolist() == [3, 3]
         assert (count, wished, unwished) == (3, True, False)
+
+
+def _find_or_make(path: Path) -> bool:
+    with node_leader_first("file"):
+        if path.exists():
+            return False
+        time.sleep(0.1)
+        path.touch()
+        return True
+
+
+def test_the_first_process_of_a_machine_makes_what_the_others_find(
+    run_ranks: Callable, tmp_path: Path
+) -> None:
+    made = [ended.result for ended in run_ranks(3, _find_or_make, tmp_path / "texts")]
+    assert made == [True, False, False]
+
+
+def _lists() -> list[dict[str, list[int | None]]]:
+    return gather_json({"rank": [own_rank(), None]})
+
+
+def test_what_json_can_say_is_gathered(run_ranks: Callable) -> None:
+    assert gather_json([1]) == [[1]]
+    for ended in run_ranks(2, _lists):
+        assert ended.result == [{"rank": [0, None]}, {"rank": [1, None]}]
 
 
 def _fails(error: type[BaseException]) -> None:
