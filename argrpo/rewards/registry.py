@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,12 @@ REWARDS = {
     "hpsv2": "argrpo.rewards.clip:Hpsv2Reward",
     "pickscore": "argrpo.rewards.clip:PickScoreReward",
     "aesthetic": "argrpo.rewards.aesthetic:AestheticReward",
+    "maniqa": "argrpo.rewards.maniqa:ManiqaReward",
+    "iqa": "argrpo.rewards.iqa:IqaReward",
+    "mse": "argrpo.rewards.image_distance:MseReward",
+    "lpips": "argrpo.rewards.image_distance:LpipsReward",
     "loo_fid": "argrpo.rewards.loo_fid:LooFidReward",
+    "fid_group": "argrpo.rewards.fid_group:FidGroupReward",
     "vlm_server": "argrpo.rewards.vlm_server:VlmServerReward",
     "unified_reward": "argrpo.rewards.vlm_server:UnifiedRewardServer",
     "server": "argrpo.rewards.reward_server:ServerReward",
@@ -34,7 +40,7 @@ REWARDS = {
     "imagereward": "argrpo.rewards.reward_server:ImageRewardServer",
 }
 
-
+_IQA = "iqa:"
 _QUANTIZE = re.compile(r"quantize\((.+)\)")
 
 
@@ -58,6 +64,9 @@ def make_reward(
     quantized = _QUANTIZE.fullmatch(config.name)
     if quantized is not None:
         return _make_quantized(quantized[1], config, device, cache_dir, shared)
+    if config.name.startswith(_IQA):
+        options = {**config.options, "metric": config.name.removeprefix(_IQA)}
+        return make_reward(replace(config, name="iqa", options=options), device, cache_dir, shared)
     named = _load(config.name)
     if config.name not in REWARDS and not inspect.isclass(named):
         if config.options:
