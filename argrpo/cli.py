@@ -1,4 +1,4 @@
-"""The command line: argrpo demo | train | sample | moments | score | eval | report | doctor.
+"""The command line: argrpo demo, train, sample, convert, moments, score, eval, report, doctor.
 
 Exit codes:
     0    done
@@ -183,6 +183,14 @@ def _sample(arguments: list[str]) -> None:
     print(f"{folder}: one PNG file an image, grid.png, tokens.npy")
 
 
+def _convert(arguments: list[str]) -> None:
+    from argrpo.convert import convert
+    from argrpo.convert_command import parse_convert
+
+    for line in convert(*parse_convert(arguments)):
+        print(line)
+
+
 def _moments(arguments: list[str]) -> None:
     from argrpo.config_files import parse_config
     from argrpo.moments import MomentsConfig, write_moments
@@ -319,6 +327,7 @@ _COMMANDS = {
         "fine-tune a policy: --config FILE.yaml or a preset, and overrides", _train, on_ranks=True
     ),
     "sample": _Command("draw images from a policy into PNG files", _sample),
+    "convert": _Command("write a model in the form that another code reads", _convert),
     "moments": _Command("mean and covariance of images' features, for loo_fid", _moments),
     "score": _Command("what judges say of a folder of images: a table and histograms", _score),
     "eval": _Command("c2i or t2i: draw many images and measure them as papers do", _eval),

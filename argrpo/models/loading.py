@@ -35,6 +35,7 @@ from argrpo.models.policy_config import (
     Sizes,
     is_taming,
     policy_config,
+    refuse_unconverted,
     taming_config,
 )
 from argrpo.models.taming import Taming
@@ -89,6 +90,7 @@ def load_policy(
     """
     _check_dtype(dtype)
     checkpoint = _part(read_checkpoint(path), "gpt_model.")
+    refuse_unconverted(checkpoint)
     if "quantize.embedding.weight" in checkpoint.weights:
         raise ValueError(f"{path}: expected a policy, got a tokenizer; use load_tokenizer")
     sizes: Sizes = {"image_size": image_size, "num_heads": num_heads, "downsample": downsample}
@@ -140,7 +142,8 @@ def load_tokenizer(
     """
     _check_dtype(dtype)
     checkpoint = _without(_part(read_checkpoint(path), "vq_model."), _TOKENIZER_EXTRAS)
-    if "tok_embeddings.weight" in checkpoint.weights:
+    refuse_unconverted(checkpoint)
+    if {"tok_embeddings.weight", "tok_emb.weight"} & checkpoint.weights.keys():
         raise ValueError(f"{path}: expected a tokenizer, got a policy; use load_policy")
     try:
         config = infer_config(checkpoint.weights)

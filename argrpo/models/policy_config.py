@@ -59,18 +59,21 @@ _HUB_NAMES = {
 }
 
 
+def refuse_unconverted(checkpoint: Checkpoint) -> None:
+    """ValueError for a checkpoint of taming-transformers, which names how to convert it."""
+    if any(key.startswith("transformer.blocks.") for key in checkpoint.weights):
+        raise ValueError(
+            f"{checkpoint.path}: expected a policy or a tokenizer, got a checkpoint of "
+            "taming-transformers, which is both; run argrpo convert taming CKPT YAML OUT once"
+        )
+
+
 def is_taming(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is our folder of a taming policy.
 
     Raises:
-        ValueError: a folder of ours of a family that this version does not know, or a checkpoint
-            of taming-transformers that was not converted.
+        ValueError: a folder of ours of a family that this version does not know.
     """
-    if any(key.startswith("transformer.blocks.") for key in checkpoint.weights):
-        raise ValueError(
-            f"{checkpoint.path}: expected a policy, got a checkpoint of taming-transformers; "
-            "convert it once: argrpo convert taming CKPT YAML OUT"
-        )
     config = checkpoint.config
     if config is None or config.get("format") != POLICY_FORMAT:
         return False
