@@ -170,11 +170,12 @@ def _train(arguments: list[str]) -> Callable[[], None]:
 
 
 def _sample(arguments: list[str]) -> None:
-    from argrpo.config_files import parse_config
+    from argrpo.config_files import TEXTS, parse_config
     from argrpo.progress import stage_progress
-    from argrpo.sampling import SampleConfig, draw_samples
+    from argrpo.sample_config import SampleConfig
+    from argrpo.sampling import draw_samples
 
-    lists = {"--labels": None, "--names": None}
+    lists = {"--labels": None, "--names": TEXTS, "--prompts": TEXTS}
     config = parse_config(SampleConfig, arguments, command="argrpo sample", lists=lists)
     config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
     _prepare_digits_of(config, config.cache_dir)

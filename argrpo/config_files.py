@@ -19,6 +19,9 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 _CONFIG = "--config"
 
+TEXTS = ""
+"""Of `parse_config`'s lists: the words are texts, also those that look like a number or a list."""
+
 # How jsonargparse says that it does not know a name; the groups are the name's parts.
 _UNKNOWN = (
     r"unrecognized arguments: (.+)",
@@ -40,7 +43,8 @@ def parse_config(
         arguments: the command line behind the command's name.
         command: how help calls the program, as `argrpo train`.
         lists: flags that take several values in a row, as --labels 207 360; where a value is a
-            record, the key that a bare word stands for. A flag replaces the whole list of a file.
+            record, the key that a bare word stands for; `TEXTS` where each word is a text. A flag
+            replaces the whole list of a file.
 
     Raises:
         ValueError: a flag, key or value that the config does not take; one line.
@@ -151,9 +155,10 @@ def _with_joined_lists(arguments: Sequence[str], lists: Mapping[str, str | None]
     while rest:
         flag = rest.pop(0)
         name, equals, value = flag.partition("=")
-        if lists.get(name) is not None:
+        key = lists.get(name)
+        if key:
             joined.append(f"{name}=[]")
-        if equals and name in lists and not value.startswith(("[", "{")):
+        if equals and name in lists and (key == TEXTS or not value.startswith(("[", "{"))):
             rest.insert(0, value)
             flag = name
         joined.append(flag)
@@ -162,13 +167,18 @@ def _with_joined_lists(arguments: Sequence[str], lists: Mapping[str, str | None]
         words: list[str] = []
         while rest and not rest[0].startswith("--"):
             words.append(rest.pop(0))
-        if words and words[0].startswith(("[", "{")):
+        if key != TEXTS and words and words[0].startswith(("[", "{")):
             joined.extend(words)
         elif words:
-            key = lists[flag]
-            values = [_scalar(word) if key is None else {key: word} for word in words]
+            values = [_value_of(word, key) for word in words]
             joined.append(json.dumps(values, ensure_ascii=False))
     return joined
+
+
+def _value_of(word: str, key: str | None) -> object:
+    if key is None:
+        return _scalar(word)
+    return word if key == TEXTS else {key: word}
 
 
 def _scalar(word: str) -> int | float | str:

@@ -29,7 +29,7 @@ from argrpo.evaluation.sharing import own_share
 from argrpo.progress import Report, unreported
 from argrpo.ranks import is_first, meet
 from argrpo.run_folder import write_atomically
-from argrpo.sampling import labels_of
+from argrpo.sample_prompts import labels_of
 
 
 class _Job(NamedTuple):

@@ -26,7 +26,7 @@ from argrpo.models.loading import save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
 from argrpo.non_finite import NonFiniteError
 from argrpo.rewards.failure_watch import JudgesUnavailableError
-from argrpo.sampling import SampleConfig
+from argrpo.sample_config import SampleConfig
 from argrpo.score import ScoreConfig
 from argrpo.trainer import Trainer
 

@@ -14,7 +14,7 @@ from argrpo.demo import DemoConfig
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.learner_config import ParityConfig, ReferenceConfig
 from argrpo.objective_config import ObjectiveConfig
-from argrpo.sampling import SampleConfig
+from argrpo.sample_config import SampleConfig
 
 
 def records_of(kind: type) -> set[type]:

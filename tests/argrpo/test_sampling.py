@@ -12,13 +12,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from argrpo import sampling
+from argrpo.encoded_texts import TextLayout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
 from argrpo.pixels import to_uint8
+from argrpo.prompt_encoding import encode_prompts
 from argrpo.run_folder import StorageError
-from argrpo.sampling import SampleConfig, draw_samples, labels_of
+from argrpo.sample_config import SampleConfig
+from argrpo.sample_prompts import labels_of
+from argrpo.sampling import draw_samples
+from argrpo.text_config import TextEncoderConfig
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +150,71 @@ def test_right_padded_prompts_are_drawn_where_asked_for(
     assert np.load(folder / "tokens.npy").shape == (2, 16)
 
 
+@pytest.fixture
+def text(config: SampleConfig, tiny_t5: Path, tmp_path: Path) -> SampleConfig:
+    """A policy that reads texts of the tiny encoder."""
+    sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "vocab_size": 32}
+    grid = {"image_size": 16, "downsample": 4, "model_type": "t2i"}
+    policy = LlamaGen(LlamaGenConfig(**sizes, **grid, caption_dim=64, prefix_len=6))
+    save_policy(policy, tmp_path / "text_policy")
+    return replace(
+        config,
+        policy=str(tmp_path / "text_policy"),
+        labels=None,
+        prompts=["a seven", "A small zero"],
+        text_encoder=TextEncoderConfig(path=str(tiny_t5), dtype="float32"),
+        num_images_per_prompt=2,
+        cache_dir=str(tmp_path / "cache"),
+        top_k=0,
+    )
+
+
+def test_prompts_are_encoded_and_drawn(text: SampleConfig, tiny_t5: Path, tmp_path: Path) -> None:
+    folder = draw_samples(text)
+    assert json.loads((folder / "prompts.json").read_text()) == ["a seven", "A small zero"]
+    assert (folder / "00003_prompt_00001.png").is_file()
+    texts = encode_prompts(
+        ["a seven", "a small zero"],
+        text.text_encoder,
+        TextLayout(6, 64, "left"),
+        device=torch.device("cpu"),
+        cache_dir=tmp_path / "another_cache",
+    )
+    engine = RolloutEngine(load_policy(text.policy), max_slots=4)
+    conditions = texts.conditions(torch.tensor([0, 0, 1, 1]))
+    rollout = engine.draw(conditions, text.sampling_params(), seed=5)
+    assert np.array_equal(np.load(folder / "tokens.npy"), rollout.token_ids.numpy())
+
+
+def test_prompts_of_a_file_are_drawn_alike(text: SampleConfig, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("Prompt,n\na seven,1\n,2\nA small zero,3\n")
+    from_file = replace(
+        text,
+        prompts=None,
+        prompts_file=str(tmp_path / "p.csv"),
+        output_dir=str(tmp_path / "from_file"),
+    )
+    tokens = np.load(draw_samples(from_file) / "tokens.npy")
+    assert np.array_equal(tokens, np.load(draw_samples(text) / "tokens.npy"))
+
+
+def test_prompts_for_a_policy_of_classes_are_refused(text: SampleConfig, models: Path) -> None:
+    with pytest.raises(ValueError, match=r"prompts: expected labels or names for .* reads no text"):
+        draw_samples(replace(text, policy=str(models / "policy")))
+
+
+def test_prompts_without_an_encoder_or_with_another_are_refused(
+    text: SampleConfig, models: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"text_encoder\.path: expected the encoder that the pol"):
+        draw_samples(replace(text, text_encoder=TextEncoderConfig()))
+    narrow = replace(text, policy=str(models / "text_policy"))
+    with pytest.raises(ValueError, match=r"text_encoder\.path: expected features of width 8, "):
+        draw_samples(narrow)
+    with pytest.raises(ValueError, match=r"expected one of .* got labels and prompts"):
+        replace(text, labels=[1])
+
+
 def test_names_are_those_of_the_library_and_case_does_not_matter() -> None:
     golden = IMAGENET_CLASSNAMES.index("Golden Retriever")
     assert labels_of([" golden retriever", "Otter"], "imagenet") == [
@@ -180,13 +250,13 @@ def test_a_label_that_the_policy_has_not_is_refused_before_anything_is_made(
 
 
 def test_one_way_of_saying_what_to_draw_is_asked_for(config: SampleConfig) -> None:
-    with pytest.raises(ValueError, match=r"labels: expected one of .* got 2 of them"):
+    with pytest.raises(ValueError, match=r"labels: expected one of .* got labels and names"):
         replace(config, names=["seven"])
-    with pytest.raises(ValueError, match=r"labels: expected one of .* got 0 of them"):
+    with pytest.raises(ValueError, match=r"labels: expected one of .* got none of them"):
         replace(config, labels=None)
-    with pytest.raises(ValueError, match=r"^labels: expected at least one class"):
+    with pytest.raises(ValueError, match=r"^labels: expected at least one, got none"):
         replace(config, labels=[])
-    with pytest.raises(ValueError, match=r"^names: expected at least one class"):
+    with pytest.raises(ValueError, match=r"^names: expected at least one, got none"):
         replace(config, labels=None, names=[])
 
 
