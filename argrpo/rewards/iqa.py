@@ -90,7 +90,7 @@ class _LoadedMetric:
     def scores(self, images: Tensor, batch: int) -> Tensor:
         """[N] fp32."""
 
-        def score(missing: Tensor) -> Tensor:
+        def score(missing: Tensor, _: list[int]) -> Tensor:
             return torch.cat([self._run(part) for part in missing.split(batch)])
 
         return self._memo.rows(images, batch, score)

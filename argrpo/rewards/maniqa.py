@@ -138,7 +138,7 @@ class _Maniqa:
     def scores(self, images: Tensor, rule: CropRule, batch: int, crop_batch: int) -> Tensor:
         """[N] fp32."""
 
-        def score(missing: Tensor) -> Tensor:
+        def score(missing: Tensor, _: list[int]) -> Tensor:
             parts = [self._scores(part, rule, crop_batch) for part in missing.split(batch)]
             return torch.cat(parts)
 

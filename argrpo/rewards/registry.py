@@ -32,6 +32,7 @@ REWARDS = {
     "lpips": "argrpo.rewards.image_distance:LpipsReward",
     "loo_fid": "argrpo.rewards.loo_fid:LooFidReward",
     "fid_group": "argrpo.rewards.fid_group:FidGroupReward",
+    "qwen_vl": "argrpo.rewards.qwen_vl:QwenVlReward",
     "vlm_server": "argrpo.rewards.vlm_server:VlmServerReward",
     "unified_reward": "argrpo.rewards.vlm_server:UnifiedRewardServer",
     "server": "argrpo.rewards.reward_server:ServerReward",

@@ -8,7 +8,7 @@ Shapes: N images.
 """
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -49,13 +49,21 @@ class ImageMemo:
         self._versions: weakref.WeakKeyDictionary[torch.UntypedStorage, int]
         self._versions = weakref.WeakKeyDictionary()
 
-    def rows(self, images: Tensor, key: Hashable, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def rows(
+        self,
+        images: Tensor,
+        key: Hashable,
+        compute: Callable[[Tensor, list[int]], Tensor],
+        *,
+        texts: Sequence[str] | None = None,
+    ) -> Tensor:
         """[N, ...] of N images; computes only what is not known.
 
         Args:
             images: [N, ...].
             key: what the rows depend on beside the images.
-            compute: from some of the images to their rows.
+            compute: from some of the images, and which of the N they are, to their rows.
+            texts: N, where a row depends on one, too.
         """
         storage = images.untyped_storage()
         if self._versions.get(storage) != images._version:
@@ -64,13 +72,17 @@ class ImageMemo:
         known = self._rows[storage]
         layout = (key, images.dtype, images.shape[1:], images.stride()[1:])
         offset, step = images.storage_offset(), images.stride(0)
-        keys = [(layout, offset + step * index) for index in range(len(images))]
-        missing = [index for index, row in enumerate(keys) if row not in known]
+        keys = [
+            (layout, offset + step * row, text)
+            for row, text in enumerate(texts or [None] * len(images))
+        ]
+        missing = [row for row, place in enumerate(keys) if place not in known]
         if missing:
-            whole = len(missing) == len(images)
-            computed = compute(images if whole else images[missing])
-            known.update((keys[index], row) for index, row in zip(missing, computed, strict=True))
-        return torch.stack([known[row] for row in keys])
+            # Rows in order are given as they are, so that a batch is not copied.
+            is_whole = len(missing) == len(images)
+            computed = compute(images if is_whole else images[missing], missing)
+            known.update((keys[row], value) for row, value in zip(missing, computed, strict=True))
+        return torch.stack([known[place] for place in keys])
 
 
 class Residence:

@@ -90,7 +90,7 @@ class Tower:
             [N, C] fp32 on the device.
         """
 
-        def embed(missing: Tensor) -> Tensor:
+        def embed(missing: Tensor, _: list[int]) -> Tensor:
             parts = [self._embed_images(part, pixels) for part in missing.split(batch)]
             return torch.cat(parts)
 

@@ -125,7 +125,10 @@ def stated_score(text: str, question: Question, *, is_whole: bool = True) -> flo
     of range, or its end was cut off."""
     matches = list(_pattern(question).finditer(text))
     scores = {float(match[1]) for match in matches}
-    if len(scores) != 1 or (not is_whole and matches[-1].end() == len(text)):
+    if len(scores) != 1:
+        return math.nan
+    # Behind the cut, 3 or "3." might have gone on to 3.5.
+    if not is_whole and text[matches[-1].end() :].strip() in ("", "."):
         return math.nan
     (score,) = scores
     return score if question.lowest <= score <= question.highest else math.nan

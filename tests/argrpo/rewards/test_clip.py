@@ -80,7 +80,8 @@ def test_the_embeddings_of_transformers_4_and_5_are_read(clip_folder, monkeypatc
         call = getattr(module, name)
         monkeypatch.setattr(module, name, lambda call=call, **kw: call(**kw).pooler_output)
     judge._tower._texts.clear()
-    assert torch.equal(judge(images.clone(), _prompts("a cat", "a dog")), new)
+    old = judge(images.clone(), _prompts("a cat", "a dog"))
+    torch.testing.assert_close(old, new, atol=1e-6, rtol=0)
 
 
 def test_bfloat16_towers_score_in_fp32_near_the_others(tower_files) -> None:
@@ -101,7 +102,8 @@ def test_hpsv2_reads_the_wrapping_of_its_checkpoint(tower_files, tmp_path) -> No
     images, prompts = torch.rand(2, 3, 32, 32), _prompts("a cat", "a dog")
     judge = Hpsv2Reward(str(tmp_path / "hps.pt"), model="argrpo-tiny", device=_CPU)
     clip = ClipReward("argrpo-tiny", path, device=_CPU, reward_batch=32)
-    assert torch.equal(judge(images, prompts), clip(images, prompts))
+    # A library's product may sum in another order where weights lie at other addresses.
+    torch.testing.assert_close(judge(images, prompts), clip(images, prompts), atol=1e-6, rtol=0)
 
 
 def test_pickscore_is_the_scaled_cosine(clip_folder) -> None:

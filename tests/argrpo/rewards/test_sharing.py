@@ -10,7 +10,7 @@ def test_what_is_remembered_goes_with_the_images_and_when_they_change() -> None:
     memo = ImageMemo()
     calls: list[int] = []
 
-    def total(images: Tensor) -> Tensor:
+    def total(images: Tensor, _: list[int]) -> Tensor:
         calls.append(len(images))
         return images.flatten(1).sum(1, keepdim=True)
 
@@ -33,3 +33,18 @@ def test_a_residence_freezes_what_it_holds() -> None:
     Residence(network, torch.device("cpu"))
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_rows_that_depend_on_a_text_are_remembered_with_it() -> None:
+    memo = ImageMemo()
+    asked: list[list[int]] = []
+
+    def lengths(images: Tensor, rows: list[int]) -> Tensor:
+        asked.append(rows)
+        return torch.arange(len(images)).float()
+
+    images = torch.rand(3, 1, 2, 2)
+    first = memo.rows(images, "a", lengths, texts=["x", "y", "z"])
+    assert first.tolist() == [0.0, 1.0, 2.0]
+    assert memo.rows(images, "a", lengths, texts=["x", "b", "z"]).tolist() == [0.0, 0.0, 2.0]
+    assert asked == [[0, 1, 2], [1]]

@@ -88,7 +88,9 @@ def test_offloaded_weights_are_on_the_device_only_while_they_work(tower_files) -
     images = torch.rand(2, 3, 32, 32)
     for _ in range(2):
         scores = judge(images.clone(), _prompts("a cat", "a dog"))
-        assert torch.equal(scores, kept(images, _prompts("a cat", "a dog")))
+        # A library's product may sum in another order where weights lie at other addresses.
+        wanted = kept(images, _prompts("a cat", "a dog"))
+        torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=0)
         assert weight.data_ptr() != home  # a copy, on a GPU in its memory
         judge.rest()
         assert weight.data_ptr() == home

@@ -70,7 +70,8 @@ def test_a_stated_score_is_read_or_missing_but_never_made_up(text: str, score: f
 
 
 def test_a_number_that_may_go_on_behind_the_cut_is_no_score() -> None:
-    assert math.isnan(stated_score('{"score": 3', _DESCRIBED, is_whole=False))
+    for cut in ('{"score": 3', '{"score": 3.', '{"score": 3.5'):
+        assert math.isnan(stated_score(cut, _DESCRIBED, is_whole=False))
     assert stated_score('{"score": 3, "explana', _DESCRIBED, is_whole=False) == 3.0
     assert stated_score("Final Score: 3", _UNIFIED) == 3.0
 
