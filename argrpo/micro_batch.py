@@ -14,9 +14,11 @@ Result = TypeVar("Result")
 class MicroBatch:
     """Images of a forward and backward pass."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, may_shrink: bool = True) -> None:
+        """`may_shrink`: whether this process may take more passes than others do."""
         self.size = size
         self._asked = size
+        self._may_shrink = may_shrink
 
     def fitted(self, work: Callable[[int], Result], undo: Callable[[], None]) -> Result:
         """Do work that takes so many images at a time; again with half of them if memory is short.
@@ -31,7 +33,7 @@ class MicroBatch:
         try:
             return work(self.size)
         except torch.OutOfMemoryError as error:
-            if self.size < self._asked or self.size == 1:
+            if self.size < self._asked or self.size == 1 or not self._may_shrink:
                 raise self._told() from error
         # Behind the except block, whose traceback holds the tensors that did not fit.
         undo()

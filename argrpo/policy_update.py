@@ -26,7 +26,7 @@ from argrpo.loss_metrics import LossMetrics
 from argrpo.micro_batch import MicroBatch
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.non_finite import NonFiniteError, RefusedUpdate
-from argrpo.rank_optimizer import make_optimizer
+from argrpo.rank_optimizer import make_trained
 from argrpo.schedules import learning_rate
 from argrpo.state_names import named, part_of, with_prefixes
 from argrpo.token_scores import TokensToScore, head_inputs, scored, with_null_labels
@@ -55,8 +55,9 @@ class PolicyUpdate:
         self._policy = policy
         self._config = config
         self._ranges = ranges
-        self._micro_batch = MicroBatch(config.micro_batch)
-        self._optimizer = make_optimizer(policy, config)
+        self._trained = make_trained(policy, config)
+        self._optimizer = self._trained.optimizer
+        self._micro_batch = MicroBatch(config.micro_batch, may_shrink=not self._trained.is_joint)
         self._head_name = next(
             name for name, weight in policy.named_parameters() if weight is policy.head_weight
         )
@@ -114,6 +115,7 @@ class PolicyUpdate:
         self._optimizer.accumulate()
         with self._ranges("optimizer"):
             grad_norm = float(self._optimizer.step(self.learning_rate(step)))
+            self._trained.publish()
         if math.isfinite(grad_norm):
             self.num_optimizer_steps += 1
         return grad_norm
@@ -175,7 +177,9 @@ class PolicyUpdate:
         Raises:
             ValueError: something is missing, unknown, or of another shape.
         """
+        self._trained.take_up()
         self._optimizer.load_state_dict(part_of(state, "optimizer"))
+        self._trained.publish()
         self._dropout.set_state(named(state, "dropout"))
         self.num_optimizer_steps = int(named(state, "num_optimizer_steps"))
         self._num_skipped = int(named(state, "num_skipped"))
@@ -183,12 +187,12 @@ class PolicyUpdate:
     def _accumulate(self, tokens: TokensToScore, batch: LossBatch) -> LearnedBatch:
         """Forward and backward of a micro-batch; its gradient adds to that of the step."""
         with self._ranges("forward"):
-            inputs = head_inputs(self._policy, tokens)
+            inputs = head_inputs(self._trained.policy, tokens)
         # The head's forward pass is in here: it makes gradients where it can.
         with self._ranges("backward"):
             done = backward(
                 inputs,
-                self._policy.head_weight,
+                self._trained.policy.head_weight,
                 self._optimizer.main_grad(self._head_name),
                 batch,
                 self._config.objective,

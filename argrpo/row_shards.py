@@ -42,10 +42,15 @@ def own_rows(num_rows: int) -> slice:
 
 def shard_of(tensor: Tensor) -> Tensor:
     """A copy of the own rows of a tensor [n, ...]: [S, ...], zeros behind the last row."""
-    own = tensor[own_rows(len(tensor))]
-    shard = tensor.new_zeros(shard_rows(len(tensor)), *tensor.shape[1:])
-    shard[: len(own)] = own
-    return shard
+    return padded(tensor[own_rows(len(tensor))], len(tensor)).clone()
+
+
+def padded(own: Tensor, num_rows: int) -> Tensor:
+    """The own rows of a weight of so many, with zeros behind up to S; itself where none miss."""
+    missing = shard_rows(num_rows) - len(own)
+    if not missing:
+        return own
+    return torch.cat([own, own.new_zeros(missing, *own.shape[1:])])
 
 
 def reduce_scatter(tensors: list[Tensor]) -> list[Tensor]:

@@ -23,11 +23,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from argrpo.optimizer import MasterAdamW
 from argrpo.ranks import gather_rows, is_first, sum_over_ranks
-from argrpo.row_shards import all_gather, reduce_scatter, shard_of
+from argrpo.row_shards import all_gather, own_rows, padded, reduce_scatter, shard_of
 
 _MASTER = "master"
 _STEP = "step"
@@ -44,15 +45,21 @@ class ShardedAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = 1.0,
+        rounds_to: torch.dtype | None = None,
     ) -> None:
         """Masters start as the weights are now, the same on every rank.
 
-        Args and Raises: as `MasterAdamW`.
+        Args and Raises: as `MasterAdamW`, and
+            named_parameters: may be spread over the ranks already, by rows and in fp32
+                (sharded_policy.py); these are their own masters, and nothing of them travels here.
+            rounds_to: the dtype of the weights that are saved beside a `state_dict`; None: that of
+                `named_parameters`.
         """
         self._working = {name: p for name, p in named_parameters if p.requires_grad}
-        self._shards = {
-            name: nn.Parameter(shard_of(p.detach().float())) for name, p in self._working.items()
-        }
+        self._spread = {name for name, p in self._working.items() if isinstance(p, DTensor)}
+        self._shards = {name: nn.Parameter(_own_master(p)) for name, p in self._working.items()}
+        dtypes = {rounds_to or p.dtype for p in self._working.values()}
+        self._is_rounded = dtypes != {torch.float32}
         # Those of fp32 weights, where autograd sums itself, are the parameters' own.
         self._sums: dict[str, Tensor] = {}
         self._adamw = MasterAdamW(
@@ -103,18 +110,28 @@ class ShardedAdamW:
             PeerError: a rank failed.
         """
         reached = self._reached_anywhere()
-        sums = reduce_scatter([self.main_grad(name) for name in reached])
-        for name, gradient in zip(reached, sums, strict=True):
+        whole = [name for name in reached if name not in self._spread]
+        sums = reduce_scatter([self.main_grad(name) for name in whole])
+        for name, gradient in zip(whole, sums, strict=True):
             self._shards[name].grad = gradient
             self._sums.pop(name, None)
             self._working[name].grad = None
+        self._take_own_gradients()
         norm = self._adamw.step(lr)
         if math.isfinite(norm):
             all_gather(
-                [self._shards[name].to(self._working[name].dtype) for name in reached],
-                [self._working[name] for name in reached],
+                [self._shards[name].to(self._working[name].dtype) for name in whole],
+                [self._working[name] for name in whole],
             )
         return norm
+
+    def _take_own_gradients(self) -> None:
+        """Those of spread weights, which the backward passes have summed over the ranks."""
+        for name in self._spread:
+            gradient = self._working[name].grad
+            if isinstance(gradient, DTensor):
+                self._shards[name].grad = gradient.to_local()
+            self._working[name].grad = None
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
@@ -128,14 +145,18 @@ class ShardedAdamW:
             kind, _, name = key.partition(".")
             whole = own
             if kind != _STEP:
-                whole = torch.empty_like(self._working[name], dtype=own.dtype)
-                all_gather([own], [whole])
+                shape = self._working[name].shape
+                whole = own.new_empty(shape)
+                all_gather([padded(own, shape[0])], [whole])
             if is_first():
                 state[key] = whole.to("cpu", copy=True)
         return state
 
     def own_state(self) -> dict[str, Tensor]:
-        """The state of the own rows, [S, ...] each, under the names of `state_dict`; no copies."""
+        """The state of the own rows under the names of `state_dict`; not copies.
+
+        [S, ...] each; of spread weights without the rows that only pad.
+        """
         masters = {
             f"{_MASTER}.{name}": self._shards[name].detach() for name in self._rounded_names()
         }
@@ -165,23 +186,28 @@ class ShardedAdamW:
                 raise ValueError(f"{key}: expected {list(weight.shape)}, got {list(value.shape)}")
         self._adamw.load_state_dict(
             {
-                key: value if key.startswith(f"{_STEP}.") else shard_of(value)
+                key: value if key.startswith(f"{_STEP}.") else self._own_rows(key, value)
                 for key, value in state.items()
                 if key not in rounded
             }
         )
         for key, name in rounded.items():
-            self._working[name].copy_(state[key])
-            self._shards[name].copy_(shard_of(state[key]))
+            self._shards[name].copy_(self._own_rows(key, state[key]))
+            if name not in self._spread:
+                self._working[name].copy_(state[key])
         for name, parameter in self._working.items():
-            if parameter.dtype == torch.float32:
+            if not self._is_rounded and name not in self._spread:
                 self._shards[name].copy_(shard_of(parameter))
             parameter.grad = None
         self._sums.clear()
 
+    def _own_rows(self, key: str, whole: Tensor) -> Tensor:
+        is_spread = key.partition(".")[2] in self._spread
+        return whole[own_rows(len(whole))] if is_spread else shard_of(whole)
+
     def _rounded_names(self) -> list[str]:
         """Weights that are a rounded copy of their master."""
-        return [name for name, p in self._working.items() if p.dtype != torch.float32]
+        return list(self._working) if self._is_rounded else []
 
     def _reached_anywhere(self) -> list[str]:
         """Weights with a gradient on some rank, in one order on all."""
@@ -201,6 +227,13 @@ class ShardedAdamW:
                 "step: expected the gradients of at least one backward pass, got none"
             )
         return reached
+
+
+def _own_master(parameter: nn.Parameter) -> Tensor:
+    """fp32; of a spread weight the very storage."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach()
+    return shard_of(parameter.detach().float())
 
 
 def _norm_over_ranks(gradients: list[Tensor]) -> Tensor:

@@ -74,6 +74,11 @@ def describe_split(config: TrainConfig, num_ranks: int) -> list[str]:
         return []
     own = config.images_per_step // num_ranks
     lines = [f"{num_ranks} ranks, each draws, scores and learns from {own} images a step"]
+    if config.distributed.shard == "weights":
+        lines.append(
+            "layers are spread over the ranks while they train; images are drawn from a whole copy "
+            "on each, which is refreshed after every optimizer step"
+        )
     if config.minibatches > 1 and not has_common_minibatches(config, num_ranks):
         lines.append(
             "minibatches are made of each rank's own prompts, and so of other images than on one "

@@ -32,6 +32,7 @@ from argrpo.schedules import LearningRateConfig
 from argrpo.trainer import Trainer
 
 SLOTS = 4
+SPREAD = DistributedConfig(shard="weights")
 
 
 def brighter_left(images: Tensor, prompts: list[Prompt]) -> Tensor:
@@ -168,8 +169,20 @@ def test_two_ranks_repeat_twenty_steps_bit_for_bit(
         {"prompts_per_step": 2, "distributed": DistributedConfig(split_groups=True)},
         {"parity": ParityConfig(label_dropout=0.5), "reward": "missing_where_dark"},
         {"dtype": "bfloat16"},
+        {"distributed": SPREAD, "inner_epochs": 2},
+        {"distributed": SPREAD, "dtype": "bfloat16", "gradient_checkpointing": True},
+        {"distributed": SPREAD, "objective": ObjectiveConfig(policy="guided", beta=0.1)},
     ],
-    ids=["plain", "minibatches", "split groups", "dropout", "bfloat16"],
+    ids=[
+        "plain",
+        "minibatches",
+        "split groups",
+        "dropout",
+        "bfloat16",
+        "spread weights",
+        "spread bfloat16",
+        "spread guided",
+    ],
 )
 def test_four_ranks_train_as_one_does(
     models: Path, tmp_path: Path, run_ranks: Callable, settings: dict[str, Any]
