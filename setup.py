@@ -33,6 +33,8 @@ CORE = [
     "tensorboard",
     "matplotlib",
     "transformers>=5.0",
+    "huggingface_hub",
+    "pyyaml",
     "open_clip_torch>=3.3",
     "ftfy",
     "timm",

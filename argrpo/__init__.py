@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from argrpo.engine.rollout_engine import RolloutEngine
     from argrpo.engine.sampling_params import SamplingParams
     from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
+    from argrpo.pipeline import ImagePipeline
     from argrpo.rewards.protocols import DistributionReward, Reward
     from argrpo.trainer import Trainer
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DistributionReward",
+    "ImagePipeline",
     "Prompt",
     "Reward",
     "Rollout",
@@ -38,6 +40,7 @@ __all__ = [
 
 _HOMES = {
     "DistributionReward": "argrpo.rewards.protocols",
+    "ImagePipeline": "argrpo.pipeline",
     "Prompt": "argrpo.data",
     "Reward": "argrpo.rewards.protocols",
     "Rollout": "argrpo.engine.rollout",

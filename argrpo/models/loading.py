@@ -156,6 +156,12 @@ def load_tokenizer(
     return tokenizer
 
 
+def holds_tokenizer(path: str | Path) -> bool:
+    """Whether a path holds a policy and its tokenizer, as AR-GRPO's folders do."""
+    config = read_checkpoint(path).config
+    return config is not None and config.get("model_type") == ARGRPO_MODEL_TYPE
+
+
 def save_policy(policy: ImagePolicy, folder: str | Path) -> None:
     """Write a policy to a new or empty folder, whole or not at all, in the dtype it has.
 
