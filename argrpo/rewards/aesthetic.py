@@ -26,7 +26,7 @@ class AestheticReward:
 
     def __init__(
         self,
-        head: str,
+        head: str = "sac+logos+ava1-l14-linearMSE.pth",
         pretrained: str | None = None,
         *,
         model: str = "ViT-L-14-quickgelu",

@@ -124,7 +124,7 @@ class Hpsv2Reward(CosineReward):
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str = "HPS_v2.1_compressed.pt",
         *,
         model: str = "ViT-H-14",
         dtype: str = "float32",
@@ -167,7 +167,7 @@ class PickScoreReward(CosineReward):
 
     def __init__(
         self,
-        folder: str,
+        folder: str = "PickScore_v1",
         *,
         tokenizer: str | None = None,
         dtype: str = "float32",

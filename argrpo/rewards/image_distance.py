@@ -47,7 +47,7 @@ class LpipsReward:
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str | None = None,
         *,
         net: str = "vgg",
         device: torch.device,
@@ -59,7 +59,7 @@ class LpipsReward:
         """Load the network.
 
         Args:
-            backbone: torchvision's weights of `net`, a state_dict.
+            backbone: torchvision's weights of `net`, a state_dict; None: by their published name.
             net: vgg, alex or squeeze; the first is the one for training.
             device: where it runs.
             reward_batch: pairs compared at a time; bounds memory.
@@ -77,17 +77,18 @@ class LpipsReward:
         place = f"rewards.{name}.options"
         if net not in _BACKBONES:
             raise ValueError(f"{place}.net: expected one of {', '.join(_BACKBONES)}, got {net!r}")
-        if not Path(backbone).is_file():
+        file = backbone or _BACKBONES[net]
+        if not Path(file).is_file():
             raise FileNotFoundError(
                 f"{place}.backbone: expected {_BACKBONES[net]} (published by torchvision at "
-                f"download.pytorch.org/models), got {backbone}"
+                f"download.pytorch.org/models), got {file}"
             )
 
         def load() -> tuple[Any, Residence]:
-            network = _network(net, backbone, place)
+            network = _network(net, file, place)
             return network, Residence(network, device, offload=offload)
 
-        key = (LpipsReward, net, backbone, device, offload)
+        key = (LpipsReward, net, file, device, offload)
         self._network, self._residence = (shared or SharedNetworks()).once(key, load)
 
     @torch.no_grad()

@@ -36,14 +36,16 @@ class Outcome:
     answer: Answer  # of all N images, scores on the CPU
     seconds: float  # of a local judge's own work; behind a server from first image to last answer
     batch: int  # images it was given at a time, at the most
+    peak_bytes: int | None = None  # of GPU memory in use at once while it worked, whoever's
 
     def metrics(self) -> dict[str, float]:
-        """seconds, batch, failures and retries."""
+        """seconds, batch, failures, retries, and on a GPU peak_bytes."""
         return {
             "seconds": self.seconds,
             "batch": float(self.batch),
             "failures": float(self.answer.num_failures),
             "retries": float(self.answer.num_retries),
+            **({} if self.peak_bytes is None else {"peak_bytes": float(self.peak_bytes)}),
         }
 
 
@@ -104,7 +106,8 @@ class LocalLane:
             self.judge.rest()
         if not isinstance(self.judge, Answering):
             answer = Answer.of(answer.scores)
-        return Outcome(self.judge.name, answer, self._calls.seconds(), self.stretches.size)
+        seconds, peak = self._calls.seconds(), self._calls.peak_bytes
+        return Outcome(self.judge.name, answer, seconds, self.stretches.size, peak)
 
     def cancel(self) -> None:
         """Nothing is under way between calls."""
@@ -177,9 +180,11 @@ def _asked(judge: Reward | DistributionReward, images: Tensor, prompts: list[Pro
 
 
 class _CallClock:
-    """Seconds inside some calls: of the host, or of the GPU stream they launch into."""
+    """Seconds inside some calls, of the host or of the GPU stream they launch into, and the GPU
+    memory in use at once."""
 
     def __init__(self) -> None:
+        self.peak_bytes: int | None = None
         self._seconds = 0.0
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -187,10 +192,14 @@ class _CallClock:
     def counted(self, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The allocator counts on the host, so neither of these waits for the device.
+            torch.cuda.reset_peak_memory_stats(device)
             first.record()
             yield
             last.record()
             self._marks.append((first, last))
+            peak = torch.cuda.max_memory_allocated(device)
+            self.peak_bytes = max(self.peak_bytes or 0, peak)
         else:
             started = time.perf_counter()
             yield

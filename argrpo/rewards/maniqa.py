@@ -56,7 +56,7 @@ class ManiqaReward:
 
     def __init__(
         self,
-        weights: str,
+        weights: str = "ckpt_koniq10k.pt",
         *,
         metric: str = "maniqa",
         crops: str = "grid",

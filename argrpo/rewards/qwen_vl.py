@@ -47,7 +47,7 @@ class QwenVlReward:
 
     def __init__(
         self,
-        folder: str,
+        folder: str = "Qwen2.5-VL-3B-Instruct",
         *,
         question: str = "rubric",
         read: str = "probabilities",

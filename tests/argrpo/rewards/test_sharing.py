@@ -1,8 +1,13 @@
-"""What is remembered of images, and frozen networks."""
+"""What is remembered of images, where frozen networks stand, and what judges take."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from argrpo.data import Prompt
+from argrpo.engine.ranges import no_ranges
+from argrpo.rewards.image_distance import MseReward
+from argrpo.rewards.lanes import LocalLane
 from argrpo.rewards.sharing import ImageMemo, Residence
 
 
@@ -48,3 +53,39 @@ def test_rows_that_depend_on_a_text_are_remembered_with_it() -> None:
     assert first.tolist() == [0.0, 1.0, 2.0]
     assert memo.rows(images, "a", lengths, texts=["x", "b", "z"]).tolist() == [0.0, 0.0, 2.0]
     assert asked == [[0, 1, 2], [1]]
+
+
+@pytest.mark.gpu
+def test_weights_rest_in_pinned_memory_and_work_on_the_gpu() -> None:
+    device = torch.device("cuda")
+    network = nn.Linear(64, 64)
+    wanted = network.weight.detach().clone()
+    residence = Residence(network, device, offload=True)
+    for _ in range(2):
+        assert network.weight.device.type == "cpu" and network.weight.is_pinned()
+        before = torch.cuda.memory_allocated(device)
+        residence.wake()
+        assert network.weight.device.type == "cuda"
+        assert torch.equal(network.weight.cpu(), wanted)
+        residence.rest()
+        assert torch.cuda.memory_allocated(device) == before
+
+
+@pytest.mark.gpu
+def test_a_judge_tells_the_memory_in_use_while_it_worked() -> None:
+    class Hungry:
+        name = "hungry"
+
+        def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+            return images.new_zeros(len(images), 2**20).sum(dim=1)
+
+    images = torch.rand(4, 3, 8, 8, device="cuda")
+    lane = LocalLane(Hungry(), 4, no_ranges)
+    lane.take(images, [Prompt("a")] * 4)
+    assert lane.outcome().metrics()["peak_bytes"] >= 4 * 2**20 * 4
+
+
+def test_on_a_cpu_no_memory_is_told() -> None:
+    lane = LocalLane(MseReward(), 1, no_ranges)
+    lane.take(torch.rand(1, 3, 8, 8), [Prompt("a")])
+    assert "peak_bytes" not in lane.outcome().metrics()
