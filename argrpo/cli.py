@@ -9,8 +9,8 @@ Exit codes:
     74   the machine: disk full, no permission, out of memory
     130  stopped by Ctrl-C
 
-Under torchrun `argrpo train` is one run on several processes; all of them end with the code of the
-one that failed first, which alone says why. torchrun itself then ends with 1.
+Under torchrun `argrpo train` and `eval` are one run on several processes; all of them end with the
+code of the one that failed first, which alone says why. torchrun itself then ends with 1.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def _run_on_ranks(chosen: argparse.Namespace) -> int:
     from argrpo.ranks import PeerError, is_first
 
     if not _COMMANDS[chosen.command].on_ranks:
-        return _told(f"torchrun: expected argrpo train, got {chosen.command}", WRONG_INPUT)
+        return _told(f"torchrun: expected argrpo train or eval, got {chosen.command}", WRONG_INPUT)
     with ExitStack() as stack:
         try:
             stack.enter_context(process_group())
@@ -331,7 +331,9 @@ _COMMANDS = {
     "convert": _Command("write a model in the form that another code reads", _convert),
     "moments": _Command("mean and covariance of images' features, for loo_fid", _moments),
     "score": _Command("what judges say of a folder of images: a table and histograms", _score),
-    "eval": _Command("c2i or t2i: draw many images and measure them as papers do", _eval),
+    "eval": _Command(
+        "c2i or t2i: draw many images and measure them as papers do", _eval, on_ranks=True
+    ),
     "report": _Command("write report.html about a run folder", _report),
     "doctor": _Command("say what is installed, what will be used, and why", _doctor),
 }

@@ -165,6 +165,14 @@ class MasterAdamW:
                 state[f"{kind}.{name}"] = value
         return state
 
+    def own_state(self) -> dict[str, Tensor]:
+        """The part of this rank in `state_dict`: all of it."""
+        return self.state_dict()
+
+    def load_own_state(self, own: Mapping[str, Tensor]) -> None:
+        """As `load_state_dict`."""
+        self.load_state_dict(own)
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up where `state_dict` was read; rounds the masters into the working weights.

@@ -27,6 +27,10 @@ class Optimizer(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
+    def own_state(self) -> dict[str, Tensor]: ...
+
+    def load_own_state(self, own: dict[str, Tensor]) -> None: ...
+
 
 class Trained(NamedTuple):
     """The policy that passes go through, and what steps it."""

@@ -119,10 +119,7 @@ class ShardedAdamW:
         self._take_own_gradients()
         norm = self._adamw.step(lr)
         if math.isfinite(norm):
-            all_gather(
-                [self._shards[name].to(self._working[name].dtype) for name in whole],
-                [self._working[name] for name in whole],
-            )
+            self._publish(whole)
         return norm
 
     def _take_own_gradients(self) -> None:
@@ -153,14 +150,12 @@ class ShardedAdamW:
         return state
 
     def own_state(self) -> dict[str, Tensor]:
-        """The state of the own rows under the names of `state_dict`; not copies.
-
-        [S, ...] each; of spread weights without the rows that only pad.
-        """
-        masters = {
-            f"{_MASTER}.{name}": self._shards[name].detach() for name in self._rounded_names()
+        """The own rows under the names of `state_dict`; not copies."""
+        whole = {**self._masters(), **self._adamw.state_dict()}
+        return {
+            key: value if key.startswith(f"{_STEP}.") else self._unpadded(key, value)
+            for key, value in whole.items()
         }
-        return {**masters, **self._adamw.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -171,43 +166,70 @@ class ShardedAdamW:
 
         Raises:
             ValueError: a name is missing or unknown, or a shape or dtype differs.
+            PeerError: another rank failed.
         """
-        rounded = {f"{_MASTER}.{name}": name for name in self._rounded_names()}
-        wrong = sorted(rounded.keys() ^ {key for key in state if key.startswith(f"{_MASTER}.")})
-        if wrong:
-            raise ValueError(
-                f"{wrong[0]}: expected a master of each bf16 weight and of no other, got "
-                f"{'none' if wrong[0] in rounded else 'one'}"
-            )
         for key, value in state.items():
             weight = self._working.get(key.partition(".")[2])
             is_step = key.startswith(f"{_STEP}.")
             if weight is not None and not is_step and value.shape != weight.shape:
                 raise ValueError(f"{key}: expected {list(weight.shape)}, got {list(value.shape)}")
-        self._adamw.load_state_dict(
+        self.load_own_state(
             {
-                key: value if key.startswith(f"{_STEP}.") else self._own_rows(key, value)
+                key: value if key.startswith(f"{_STEP}.") else value[own_rows(len(value))]
                 for key, value in state.items()
-                if key not in rounded
             }
         )
-        for key, name in rounded.items():
-            self._shards[name].copy_(self._own_rows(key, state[key]))
-            if name not in self._spread:
-                self._working[name].copy_(state[key])
+
+    @torch.no_grad()
+    def load_own_state(self, own: Mapping[str, Tensor]) -> None:
+        """As `load_state_dict`, where `own_state` was read on as many ranks, or dealt anew.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a shape or dtype differs.
+            PeerError: another rank failed.
+        """
+        masters = self._masters()
+        wrong = sorted(masters.keys() ^ {key for key in own if key.startswith(f"{_MASTER}.")})
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]}: expected a master of each bf16 weight and of no other, got "
+                f"{'none' if wrong[0] in masters else 'one'}"
+            )
+        self._adamw.load_state_dict(
+            {key: self._padded(key, value) for key, value in own.items() if key not in masters}
+        )
+        for key, master in masters.items():
+            master.copy_(self._padded(key, own[key]))
+        whole = [name for name in self._working if name not in self._spread]
+        if self._is_rounded:
+            self._publish(whole)
         for name, parameter in self._working.items():
             if not self._is_rounded and name not in self._spread:
                 self._shards[name].copy_(shard_of(parameter))
             parameter.grad = None
         self._sums.clear()
 
-    def _own_rows(self, key: str, whole: Tensor) -> Tensor:
-        is_spread = key.partition(".")[2] in self._spread
-        return whole[own_rows(len(whole))] if is_spread else shard_of(whole)
+    def _publish(self, names: list[str]) -> None:
+        """Write the rows of all ranks into working weights."""
+        all_gather(
+            [self._shards[name].to(self._working[name].dtype) for name in names],
+            [self._working[name] for name in names],
+        )
 
-    def _rounded_names(self) -> list[str]:
-        """Weights that are a rounded copy of their master."""
-        return list(self._working) if self._is_rounded else []
+    def _masters(self) -> dict[str, Tensor]:
+        """Of weights that are a rounded copy of theirs; the very shards."""
+        names = self._working if self._is_rounded else []
+        return {f"{_MASTER}.{name}": self._shards[name].detach() for name in names}
+
+    def _unpadded(self, key: str, shard: Tensor) -> Tensor:
+        rows = own_rows(len(self._working[key.partition(".")[2]]))
+        return shard[: rows.stop - rows.start]
+
+    def _padded(self, key: str, own: Tensor) -> Tensor:
+        kind, _, name = key.partition(".")
+        if kind == _STEP or name in self._spread or name not in self._working:
+            return own
+        return padded(own, len(self._working[name]))
 
     def _reached_anywhere(self) -> list[str]:
         """Weights with a gradient on some rank, in one order on all."""

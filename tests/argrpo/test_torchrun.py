@@ -1,0 +1,79 @@
+"""The command line under torchrun: one run on two processes, and one message when it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+from argrpo.models.loading import save_policy, save_tokenizer
+from argrpo.models.vq import VQConfig, VQTokenizer
+
+JUDGE = """
+from argrpo.ranks import own_rank
+
+calls = 0
+
+def fails_late(images, prompts):
+    global calls
+    calls += 1
+    if calls == 3 and own_rank() == 1:
+        raise OSError("the judge's disk is gone")
+    return images.mean(dim=(1, 2, 3))
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "vocab_size": 32}
+    grid = {"image_size": 8, "downsample": 4}
+    save_policy(LlamaGen(LlamaGenConfig(**sizes, **grid, num_classes=10)), tmp_path / "policy")
+    vq = VQConfig(
+        codebook_size=32,
+        codebook_dim=8,
+        z_channels=32,
+        channels=32,
+        encoder_multipliers=(1, 1, 1),
+        decoder_multipliers=(1, 1, 1),
+        num_res_blocks=1,
+    )
+    save_tokenizer(VQTokenizer(vq), tmp_path / "tokenizer")
+    (tmp_path / "judge_of_the_torchrun_test.py").write_text(JUDGE)
+    config = {
+        "output_dir": "run",
+        "policy": {"path": "policy", "num_heads": 2},
+        "tokenizer": {"path": "tokenizer"},
+        "data": {"names": "digits"},
+        "rewards": [{"name": "judge_of_the_torchrun_test:fails_late"}],
+        "prompts_per_step": 2,
+        "images_per_prompt": 2,
+        "num_steps": 5,
+        "device": "cpu",
+        "output": {"sample_every": 0, "sample_images": 2, "trackers": []},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_until_one_of_them_fails(config_file: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--no-python", Path(sys.executable).with_name("argrpo")]
+    command += ["train", "--config", config_file]
+    done = subprocess.run(
+        command, cwd=config_file.parent, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1, done.stderr  # torchrun's own, whatever the code of its processes
+    assert done.stderr.count("argrpo: rank 1: the judge's disk is gone") == 1
+    assert done.stderr.count("argrpo: rank 1 failed: the judge's disk is gone") == 1
+    assert "exitcode  : 74" in done.stderr
+    # Only the first rank wrote and spoke.
+    rows = (config_file.parent / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+    assert done.stdout.count("2 ranks, each draws, scores and learns from 2 images a step") == 1
