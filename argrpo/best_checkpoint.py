@@ -29,6 +29,15 @@ class BestCheckpoint:
         self._value: float | None = None
 
     @property
+    def value(self) -> float | None:
+        """The best so far."""
+        return self._value
+
+    def go_on(self, value: float | None) -> None:
+        """Take up where `value` was read, as far as that policy is still kept here."""
+        self._value = value if self._folder.best_path.exists() else None
+
+    @property
     def path(self) -> Path | None:
         """The folder of the best policy; None while there is none."""
         return None if self._value is None else self._folder.best_path

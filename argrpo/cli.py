@@ -5,9 +5,11 @@ Exit codes:
     1    a bug of argrpo, or of a judge of yours: a traceback says where
     2    a setting, a flag or an input file is wrong: one line names it
     69   a judge failed for too long; what there was is saved
-    70   a gradient stopped being a finite number
+    70   a loss or a gradient stopped being a finite number
     74   the machine: disk full, no permission, out of memory
-    130  stopped by Ctrl-C
+    124  nothing moved for longer than fault.watchdog_s
+    130  stopped at once, by Ctrl-C or a second signal
+    143  a training was stopped by a signal, and is saved
 
 Under torchrun `argrpo train` and `eval` are one run on several processes; all of them end with the
 code of the one that failed first, which alone says why. torchrun itself then ends with 1.
@@ -29,7 +31,8 @@ import argrpo
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of each process that it starts
 
-DONE, BUG, WRONG_INPUT, NO_JUDGE, NOT_FINITE, MACHINE, STOPPED = 0, 1, 2, 69, 70, 74, 130
+DONE, BUG, WRONG_INPUT, NO_JUDGE, NOT_FINITE, MACHINE = 0, 1, 2, 69, 70, 74
+STOPPED, PREEMPTED = 130, 143  # 124 and a second signal's 130 end the process where they happen
 
 
 class _Command(NamedTuple):
@@ -92,8 +95,8 @@ def _run(chosen: argparse.Namespace) -> int:
             run()
     except SystemExit as stop:
         return _code_of(stop)
-    except KeyboardInterrupt:
-        return _failed("stopped by Ctrl-C", STOPPED)
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
     except Exception as error:
         code = _exit_code(error, is_running)
         if code == BUG or chosen.traceback:
@@ -132,17 +135,13 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> Callable[[], None]:
-    from argrpo.config import TrainConfig, describe
-    from argrpo.config_files import parse_config
     from argrpo.progress import stage_progress
-    from argrpo.ranks import is_first, num_ranks
-    from argrpo.step_split import describe_split
+    from argrpo.ranks import is_first
     from argrpo.trackers import make_trackers
+    from argrpo.train_command import parse_train, said_after, said_before
     from argrpo.trainer import Trainer
 
-    lists = {"--rewards": "name", "--monitors": "name", "--data.classes": None}
-    lists |= {"--output.trackers": None, "--eval.judges": "name", "--eval.guidance_scales": None}
-    config = parse_config(TrainConfig, arguments, command="argrpo train", lists=lists)
+    config = parse_train(arguments)
     config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
     # A judge of your own, my_rewards:score, may lie where the command was started. Last on the
     # path, so that no file there hides an installed package.
@@ -152,19 +151,11 @@ def _train(arguments: list[str]) -> Callable[[], None]:
         trainer = Trainer(config, make_trackers(config, progress=True), report)
 
     def run() -> None:
-        engine = trainer.engine.describe()
-        lines = [*describe(config), *describe_split(config, num_ranks()), engine]
-        for line in [*lines, *trainer.describe_memory()] if is_first() else []:
+        for line in said_before(trainer, config) if is_first() else []:
             print(line)
         result = trainer.train()
-        if not is_first():
-            return
-        print(f"tuned policy: {result.policy_path}")
-        if trainer.profile.trace_path is not None:
-            print(f"trace: {trainer.profile.trace_path}")
-        if result.best_path is not None:
-            print(f"best by {config.eval.best_metric}: {result.best_path}")
-        print(f"next: argrpo report {config.output_dir}")
+        for line in said_after(trainer, config, result) if is_first() else []:
+            print(line)
 
     return run
 
@@ -308,6 +299,16 @@ def _failed(message: str, code: int) -> int:
 
     line = tell_failure(message, code)
     return code if line is None else _told(line, code)
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    from argrpo.ranks import is_first
+    from argrpo.stop_signals import Preempted
+
+    if not isinstance(stop, Preempted):
+        return _failed("stopped by Ctrl-C", STOPPED)
+    # All ranks stop together, so there is nobody to be told but the user.
+    return _told(str(stop), PREEMPTED) if is_first() else PREEMPTED
 
 
 def _told(message: str, code: int) -> int:

@@ -71,9 +71,7 @@ class Collection:
             with_monitors: ask the judges that only measure, too.
             support: remember which tokens the filters kept.
         """
-        drawn = self._prompts.draw(self._config.prompts_per_step, self._config.seed, step)
-        groups = self.image_ids // self._config.images_per_prompt
-        prompts = [drawn[group] for group in groups.tolist()]
+        prompts = self.prompts_of(step)
         context = StepContext(step + 1, self._config.num_steps)
         scoring = self._judges.begin(prompts, with_monitors=with_monitors, context=context)
         try:
@@ -84,6 +82,12 @@ class Collection:
             scoring.cancel()
             raise
         return found
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """The prompt of each of this rank's images of a step."""
+        drawn = self._prompts.draw(self._config.prompts_per_step, self._config.seed, step)
+        groups = self.image_ids // self._config.images_per_prompt
+        return [drawn[group] for group in groups.tolist()]
 
     def scores(self, collected: Collected) -> Scores:
         """What the judges said of all ranks' images, once they are done.

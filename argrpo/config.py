@@ -123,6 +123,10 @@ class TrainConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     """What the run leaves behind."""
 
+    resume: str = "no"
+    """auto: go on from the newest valid checkpoint in output_dir, or begin where there is none. The
+    folder of a run or of a checkpoint: go on from that one. no: a folder with a run is refused."""
+
     fault: FaultConfig = field(default_factory=FaultConfig)
     """What is done about numbers that are none, and about standing still."""
 

@@ -24,6 +24,7 @@ from argrpo.engine.rollout import Rollout
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.experience import Experience, FixedLogprobs
 from argrpo.models.image_policy import ImagePolicy
+from argrpo.models.loading import published_weights
 from argrpo.non_finite import RefusedUpdate
 from argrpo.policy_update import PolicyUpdate
 from argrpo.ranks import gather_rows
@@ -44,7 +45,7 @@ class Learner:
         policy: ImagePolicy,
         config: TrainConfig,
         ranges: Ranges = no_ranges,
-        unbroken: Callable[[], AbstractContextManager[object]] = nullcontext,
+        breakable: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """The reference is the policy as it is now; without a KL there is none.
 
@@ -52,11 +53,11 @@ class Learner:
             policy: read by the engine, moved here.
             config: the run.
             ranges: told of reference, forward, backward and optimizer.
-            unbroken: holds back what would end the run while state changes.
+            breakable: entered around passes, which may be abandoned.
         """
         self._policy = policy
         self._ranges = ranges
-        self._unbroken = unbroken
+        self._breakable = breakable
         self._config = config
         policy.checkpoints_layers = config.gradient_checkpointing
         policy.attention = config.policy.attention
@@ -68,6 +69,11 @@ class Learner:
         self._update = PolicyUpdate(policy, config, ranges)
 
     @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        return self._policy.head_weight.device
+
+    @property
     def wants_support(self) -> bool:
         """Whether a filtered draw must remember its kept sets."""
         return self._config.objective.policy == "guided"
@@ -75,6 +81,15 @@ class Learner:
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the policy's weights are their moving average, where the run keeps one."""
         return nullcontext() if self._average is None else self._average.applied()
+
+    def shown_weights(self) -> dict[str, Tensor]:
+        """The policy's weights as they are shown and saved, under published names. Copies where
+        they are the average, else not."""
+        if self._average is None:
+            return published_weights(self._policy)
+        with self._average.applied():
+            weights = published_weights(self._policy)
+            return {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
     def fixed_logprobs(self, rollout: Rollout) -> FixedLogprobs:
@@ -183,9 +198,9 @@ class Learner:
         reference = self._reference
         return reference if reference is not None and reference.is_frozen else None
 
-    def discard(self) -> None:
-        """Forget the gradients since the last optimizer step."""
-        self._update.discard()
+    def undone_if_broken(self) -> AbstractContextManager[None]:
+        """Passes inside that end in an exception leave neither gradients nor drawn numbers."""
+        return self._update.undone_if_broken()
 
     def _before_updates(self, rollout: Rollout, tokens: TokensToScore) -> Tensor | None:
         """[N, T] log-probs that ratios compare with; None: each pass is its own."""
@@ -221,28 +236,27 @@ class Learner:
         done: StepProgress,
     ) -> None:
         """One optimizer step on some images."""
-        passed = self._update.passes(experience, rows, entropy_coef)
+        with self.undone_if_broken(), self._breakable("passes"):
+            passed = self._update.passes(experience, rows, entropy_coef)
         if done.num_updates == 0:
             done.metrics |= self._draw_gap(experience.rollout, rows, passed.logprobs)
-        with self._unbroken():
-            norm = self._update.step(passed, step)
-            is_first = done.num_updates % self._config.minibatches == 0
-            done.add(passed.losses, norm, starts_pass=is_first)
-            if not math.isfinite(norm):
-                refused = RefusedUpdate(rows, norm)
-                done.refused.append(refused)
-                self._update.go_on_or_stop(refused, step)
+        norm = self._update.step(passed, step)
+        is_first = done.num_updates % self._config.minibatches == 0
+        done.add(passed.losses, norm, starts_pass=is_first)
+        if not math.isfinite(norm):
+            refused = RefusedUpdate(rows, norm)
+            done.refused.append(refused)
+            self._update.go_on_or_stop(refused, step)
 
     def _finish_step(self, step: int, done: StepProgress) -> None:
         """Move what moves once a step."""
         if done.is_finished:
             return
-        with self._unbroken():
-            if self._reference is not None:
-                self._reference.after_step(step + 1, self._policy)
-            if self._average is not None:
-                self._average.update()
-            done.is_finished = True
+        if self._reference is not None:
+            self._reference.after_step(step + 1, self._policy)
+        if self._average is not None:
+            self._average.update()
+        done.is_finished = True
 
     def _measured(self, done: StepProgress, tokens: TokensToScore) -> dict[str, float]:
         """Metrics of the last pass over the images."""

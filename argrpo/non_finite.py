@@ -6,7 +6,7 @@ as they were.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from argrpo.data import Prompt
 from argrpo.engine.rollout import Rollout
-from argrpo.rewards.scoring import Scores
+from argrpo.ranks import own_rank
 from argrpo.run_folder import RunFolder, write_atomically
 
 
@@ -35,7 +35,7 @@ def dump_refused(
     step: int,
     refused: Sequence[RefusedUpdate],
     rollout: Rollout,
-    scores: Scores,
+    scores: Mapping[str, Tensor],
     prompts: Sequence[Prompt],
 ) -> None:
     """Leave what such optimizer steps were made of in the folder of the run.
@@ -47,9 +47,9 @@ def dump_refused(
         folder: of the run.
         step: counted from 1.
         refused: the optimizer steps of this step that did not happen; at least one.
-        rollout: the N images of the step.
-        scores: of all of them.
-        prompts: [N], one an image.
+        rollout: this rank's images of the step, n of them.
+        scores: [N] of all ranks' images, by judge.
+        prompts: [n], one an image.
 
     Raises:
         StorageError: the disk is full or refused.
@@ -67,8 +67,8 @@ def dump_refused(
                 "class_id": prompts[row].class_id,
                 "text": prompts[row].text,
                 "scores": {
-                    name: repr(score)
-                    for name, score in zip(scores.names, scores.values[row].tolist(), strict=True)
+                    name: repr(float(column[rollout.image_ids[row]]))
+                    for name, column in scores.items()
                 },
             }
             for row in rows.tolist()
@@ -80,6 +80,7 @@ def dump_refused(
         "token_ids": rollout.token_ids[rows],
         "logprobs": rollout.logprobs[rows],
     }
-    stem = folder.path / "non_finite" / f"step_{step:06d}"
+    rank = f"_rank_{own_rank()}" if own_rank() else ""
+    stem = folder.path / "non_finite" / f"step_{step:06d}{rank}"
     write_atomically(stem.with_suffix(".safetensors"), lambda part: save_file(tensors, part))
     write_atomically(stem.with_suffix(".json"), lambda part: part.write_text(text))

@@ -9,7 +9,8 @@ Shapes: N images of a step, n of an optimizer step, m of a micro-batch, T tokens
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ class PolicyUpdate:
         config = self._config
         group = config.images_per_prompt if config.parity.sum_over_group else 1
         scale = experience.scale(rows, summed=group)
-        dropout = self._dropout.get_state()
+        undo = self._undo()
 
         def work(micro_batch: int) -> Passed:
             tokens = self.trained(experience.tokens, experience.rollout.image_ids)
@@ -93,10 +94,6 @@ class PolicyUpdate:
             losses = reduce(LossMetrics.merged, (part.metrics for part in parts))
             logprobs = torch.cat([part.logprobs for part in parts])
             return Passed(logprobs, losses, scale.num_tokens)
-
-        def undo() -> None:
-            self._optimizer.discard()
-            self._dropout.set_state(dropout)
 
         passed = self._micro_batch.fitted(work, undo)
         return passed._replace(losses=passed.losses.over_ranks())
@@ -158,9 +155,25 @@ class PolicyUpdate:
         config = self._config.optimizer.learning_rate
         return learning_rate(step, config, num_steps=self._config.num_steps)
 
-    def discard(self) -> None:
-        """Forget the gradients since the last optimizer step."""
-        self._optimizer.discard()
+    @contextmanager
+    def undone_if_broken(self) -> Iterator[None]:
+        """See `Learner`."""
+        undo = self._undo()
+        try:
+            yield
+        except BaseException:
+            undo()
+            raise
+
+    def _undo(self) -> Callable[[], None]:
+        """Forgets the gradients since the last optimizer step, and what is drawn from now on."""
+        dropout = self._dropout.get_state()
+
+        def undo() -> None:
+            self._optimizer.discard()
+            self._dropout.set_state(dropout)
+
+        return undo
 
     def state_dict(self) -> dict[str, Tensor]:
         """optimizer.*, the generator of label dropout, and counters; tensors are not copies."""

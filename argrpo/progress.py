@@ -53,9 +53,9 @@ class ProgressTracker:
         )
         self._task = self._bar.add_task("steps", total=None)
 
-    def start(self, config: TrainConfig, folder: RunFolder) -> None:
+    def start(self, config: TrainConfig, folder: RunFolder, logged: int | None = None) -> None:
         self._num_steps = config.num_steps
-        self._bar.update(self._task, total=config.num_steps)
+        self._bar.update(self._task, total=config.num_steps, completed=logged or 0)
         if self._console.is_terminal:
             self._live = Live(self._screen(), console=self._console, refresh_per_second=4)
             self._live.start()

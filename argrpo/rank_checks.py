@@ -29,14 +29,16 @@ def check_alike(config: TrainConfig, policy: ImagePolicy) -> None:
     expect_alike("policy.path", weights_checksum(policy))
 
 
-def common_folder(path: str) -> RunFolder:
-    """The folder of a new run, made by the first rank.
+def common_folder(path: str, *, may_hold_run: bool = False) -> RunFolder:
+    """The folder of a run, made by the first rank; one that holds a run if that may be.
 
     Raises:
         ValueError: as `RunFolder.create`.
         PeerError: another rank failed.
     """
-    folder = RunFolder.create(path) if is_first() else RunFolder(Path(path).expanduser())
+    folder = RunFolder(Path(path).expanduser())
+    if is_first():
+        RunFolder.create(path, may_hold_run=may_hold_run)
     meet("output_dir")
     return folder
 

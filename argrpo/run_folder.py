@@ -31,17 +31,21 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: str | Path) -> "RunFolder":
+    def create(cls, path: str | Path, *, may_hold_run: bool = False) -> "RunFolder":
         """A folder for a new run, made where it does not stand yet.
+
+        Args:
+            path: of the folder.
+            may_hold_run: take one with a run too, which then goes on.
 
         Raises:
             ValueError: the folder holds another run, is a file, or cannot be written.
         """
         folder = cls(Path(path).expanduser())
-        if folder.holds_run:
+        if folder.holds_run and not may_hold_run:
             raise ValueError(
                 f"output_dir: expected a folder without a run, got {folder.path}, which holds one; "
-                "choose another, or remove it"
+                "resume it (--resume auto), choose another, or remove it"
             )
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,8 @@ class RunFolder:
             return checkpoints.exists()
         # The policy before training may be the best so far, and is no step.
         base = (self.best_path, self.best_of(0))
-        return any(path not in base for path in checkpoints.iterdir())
+        found = (path for path in checkpoints.iterdir() if not path.name.startswith("."))
+        return any(path not in base for path in found)
 
     @property
     def config_path(self) -> Path:
@@ -126,9 +131,19 @@ class RunFolder:
         """The grid drawn after a step; 0 is the policy before training."""
         return self.samples_path / f"step_{step:06d}.png"
 
+    @property
+    def checkpoints_path(self) -> Path:
+        """The folder of all checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def watchdog_path(self) -> Path:
+        """Where the stacks of a run that stood still are."""
+        return self.path / "watchdog.txt"
+
     def checkpoint(self, step: int) -> Path:
-        """The folder of the policy after a step."""
-        return self.path / "checkpoints" / f"step_{step:06d}"
+        """The folder of the run after a step; the policy in it is for load_policy."""
+        return self.checkpoints_path / f"step_{step:06d}"
 
     @property
     def best_path(self) -> Path:
@@ -195,7 +210,7 @@ def point_to(link: Path, folder: Path) -> None:
 
 def config_text(config: TrainConfig) -> str:
     """A config as YAML that --config reads back."""
-    text: str = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -209,12 +224,12 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{path}: expected a file that can be written, got {_reason(error)}")
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists: what YAML has without tags."""
+def plain(value: Any) -> Any:
+    """Tuples as lists: what JSON has, and YAML without tags."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

@@ -23,7 +23,9 @@ _PROJECT = "argrpo"
 class Tracker(Protocol):
     """Told about a run. A step is one rollout iteration, counted from 1; 0 is before training."""
 
-    def start(self, config: TrainConfig, folder: RunFolder) -> None: ...
+    def start(self, config: TrainConfig, folder: RunFolder, logged: int | None = None) -> None:
+        """A run begins; or goes on after step `logged`, and what was logged of later ones goes."""
+        ...
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -70,16 +72,18 @@ class JsonLinesTracker:
         self._path = Path()
         self._evaluations_path = Path()
 
-    def start(self, config: TrainConfig, folder: RunFolder) -> None:
+    def start(self, config: TrainConfig, folder: RunFolder, logged: int | None = None) -> None:
         machine = json.dumps(environment(), indent=2) + "\n"
         write_atomically(folder.environment_path, lambda part: part.write_text(machine))
         settings = config_text(config)
         write_atomically(folder.config_path, lambda part: part.write_text(settings))
         self._path = folder.metrics_path
-        self._file = self._path.open("ab", buffering=0)
         self._evaluations_path = folder.evaluations_path
-        # Of a run that failed in this folder before its first step.
-        self._evaluations_path.unlink(missing_ok=True)
+        # What a run that failed in this folder, or is resumed from before, left behind.
+        last = -1 if logged is None else logged
+        for path in (self._path, self._evaluations_path, folder.reward_extras_path):
+            cut_rows(path, last)
+        self._file = self._path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if self._file is None:
@@ -117,6 +121,25 @@ def append_extras(path: Path, step: int, extras: dict[str, dict[str, list[Any]]]
             _append_line(file, path, {"step": step, "judge": judge, "columns": columns})
 
 
+def cut_rows(path: Path, last: int) -> None:
+    """Remove the rows of steps after the last one from a file of JSON lines, and half a row.
+
+    Raises:
+        ValueError: a row is no object with a step.
+        StorageError: the disk is full or refused; the file is as it was.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    try:
+        kept = [line for line in whole if json.loads(line)["step"] <= last]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a JSON object with a step in each line") from error
+    if len(kept) < len(lines):
+        write_atomically(path, lambda part: part.write_bytes(b"".join(kept)))
+
+
 class TensorBoardTracker:
     """Event files in the run folder, for `tensorboard --logdir`.
 
@@ -128,10 +151,12 @@ class TensorBoardTracker:
         _package("tensorboard", "tensorboard")
         self._writer: Any = None
 
-    def start(self, config: TrainConfig, folder: RunFolder) -> None:
+    def start(self, config: TrainConfig, folder: RunFolder, logged: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder.path))
+        # Readers then pass over what older files say of these steps and later ones.
+        purged = 0 if logged is None else logged + 1
+        self._writer = SummaryWriter(str(folder.path), purge_step=purged)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -157,10 +182,19 @@ class WandbTracker:
     def __init__(self) -> None:
         self._wandb = _package("wandb", "argrpo[track]")
 
-    def start(self, config: TrainConfig, folder: RunFolder) -> None:
-        settings = dataclasses.asdict(config)
-        name = folder.path.name
-        self._wandb.init(project=_PROJECT, name=name, config=settings, dir=str(folder.path))
+    def start(self, config: TrainConfig, folder: RunFolder, logged: int | None = None) -> None:
+        # wandb takes no row of a step that it has, so a run that goes on adds none twice.
+        known = folder.path / "wandb_run.txt"
+        run_id = known.read_text().strip() if logged is not None and known.exists() else None
+        run = self._wandb.init(
+            project=_PROJECT,
+            name=folder.path.name,
+            config=dataclasses.asdict(config),
+            dir=str(folder.path),
+            id=run_id,
+            resume=None if run_id is None else "allow",
+        )
+        write_atomically(known, lambda part: part.write_text(f"{run.id}\n"))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._wandb.log(metrics, step=step)
@@ -182,9 +216,13 @@ class TrackioTracker:
     def __init__(self) -> None:
         self._trackio = _package("trackio", "argrpo[track]")
 
-    def start(self, config: TrainConfig, folder: RunFolder) -> None:
-        settings = dataclasses.asdict(config)
-        self._trackio.init(project=_PROJECT, name=folder.path.name, config=settings)
+    def start(self, config: TrainConfig, folder: RunFolder, logged: int | None = None) -> None:
+        self._trackio.init(
+            project=_PROJECT,
+            name=folder.path.name,
+            config=dataclasses.asdict(config),
+            resume="never" if logged is None else "allow",
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._trackio.log(metrics, step=step)

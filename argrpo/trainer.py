@@ -11,38 +11,36 @@ Source: Shao et al., arXiv:2402.03300 (GRPO); the recipe of AR-GRPO, arXiv:2508.
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from argrpo.best_checkpoint import BestCheckpoint
+from argrpo.checkpoint_writer import CheckpointWriter
 from argrpo.collection import Collection
 from argrpo.config import TrainConfig
 from argrpo.devices import DTYPES, choose_device
-from argrpo.engine.conditions import moved_to
-from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.entropy_control import make_entropy_control
-from argrpo.evaluation.during_training import Evaluation
-from argrpo.image_files import save_grid
 from argrpo.learner import Learner
-from argrpo.memory_preflight import MemoryForecast, available_bytes, forecast_memory
-from argrpo.model_paths import blamed_on, resolve_path
+from argrpo.model_paths import blamed_on
 from argrpo.models.attention_backends import check_attention
-from argrpo.models.loading import load_policy, load_tokenizer, save_policy
-from argrpo.models.pairing import check_guidance, check_label_dropout, check_pair
-from argrpo.models.text_layout import text_layout
+from argrpo.policy_views import PolicyViews
 from argrpo.profile_config import ProfileConfig
 from argrpo.progress import Report, unreported
-from argrpo.rank_checks import check_alike, common_folder
-from argrpo.ranks import is_first, meet, node_leader_first, num_ranks
-from argrpo.rewards.failure_watch import FailureWatch, JudgesUnavailableError
-from argrpo.rewards.over_ranks import extras_over_ranks
+from argrpo.rank_checks import common_folder
+from argrpo.ranks import is_first, meet, num_ranks
+from argrpo.resuming import Start, find_start
+from argrpo.rewards.failure_watch import JudgesUnavailableError
 from argrpo.rewards.scoring import Judges
-from argrpo.run_prompts import load_run_prompts
+from argrpo.run_lock import RunLock
+from argrpo.run_memory import RunMemory
+from argrpo.run_models import load_models
+from argrpo.run_state import RunState
 from argrpo.step_clock import StepClock
 from argrpo.step_profile import StepProfile
-from argrpo.step_split import one_ranks_share, split_images
+from argrpo.step_split import split_images
+from argrpo.stop_signals import Preempted, StopSignals
 from argrpo.trackers import Tracker, append_extras, make_trackers
+from argrpo.training_step import StepOutcome, TrainingStep
+from argrpo.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,251 +87,205 @@ class Trainer:
             trackers = make_trackers(config, progress=False)
         self._trackers = trackers if is_first() else []
         # First, so that a taken folder is known before minutes go into loading models.
-        self._folder = common_folder(config.output_dir)
+        self._folder = common_folder(config.output_dir, may_hold_run=config.resume != "no")
         try:
-            traced = config.profile if is_first() else ProfileConfig()
-            self.profile = StepProfile(traced, self._device, self._folder)
-            self._clock = StepClock(self._device, self.profile.ranges)
-            self._load(report)
+            self._lock = RunLock(self._folder.path) if is_first() else None
+            try:
+                self._prepare(report)
+            except BaseException:
+                self._unlock()
+                raise
         except BaseException:
             if is_first():
                 self._folder.discard_if_empty()
             raise
 
-    def _load(self, report: Report) -> None:
+    def _prepare(self, report: Report) -> None:
         config = self.config
-        policy_path = resolve_path(config.policy.path, config.cache_dir)
-        with blamed_on("policy.path", sizes="policy."):
-            layout = text_layout(policy_path, text_padding=config.policy.text_padding)
-        # Before the policy, so that an encoder of texts is gone when the policy comes.
-        with node_leader_first("texts"):
-            self._prompts = load_run_prompts(
-                config.data, layout, device=self._device, cache_dir=config.cache_dir, report=report
-            )
-        with blamed_on("policy.path", sizes="policy."):
-            self.policy = load_policy(
-                policy_path,
-                image_size=config.policy.image_size,
-                num_heads=config.policy.num_heads,
-                downsample=config.policy.downsample,
-                text_padding=config.policy.text_padding,
-                device=self._device,
-                dtype=DTYPES[config.policy.dtype],
-            )
-        with blamed_on("tokenizer.path"):
-            self._tokenizer = load_tokenizer(
-                resolve_path(config.tokenizer.path, config.cache_dir),
-                device=self._device,
-                dtype=DTYPES[config.tokenizer.dtype],
-            )
-        check_pair(self.policy, self._tokenizer)
-        check_guidance(self.policy, "rollout.guidance_scale", config.rollout.guidance_scale)
-        check_label_dropout(self.policy, config.parity.label_dropout)
-        check_alike(config, self.policy)
-        self.policy.check_conditions(self._prompts.probe())
-        self._judges = Judges(config, self._device, self.profile.ranges)
-        self._failures = FailureWatch(config.judging)
-        self._problem: str | None = None  # of the judges, once the run has to end
-        self._learner = Learner(self.policy, config, self.profile.ranges)
-        self.engine = self._make_engine()
-        self._collection = Collection(
-            config, self._prompts, self.engine, self._tokenizer, self._judges, self._clock
+        traced = config.profile if is_first() else ProfileConfig()
+        self.profile = StepProfile(traced, self._device, self._folder)
+        self._watchdog = Watchdog(config.fault.watchdog_s, self._folder.watchdog_path)
+        self._signals = StopSignals()
+        self._ranges = self._watchdog.watched(self.profile.ranges)
+        self._clock = StepClock(self._device, self._ranges)
+        start = find_start(config, self._folder)
+        self._load(start, report)
+        self._writer = CheckpointWriter(
+            self._folder.checkpoints_path,
+            keep_last=config.output.keep_last,
+            keep_every=config.output.keep_every,
+            reference=None if start is None else start.reference,
         )
-        self._entropy = make_entropy_control(
-            config.entropy,
-            constant=config.objective.entropy_coef,
-            num_steps=config.num_steps,
-            vocab_size=self.policy.config.vocab_size,
-        )
-        self._load_evaluation()
+        self._saved: Path | None = None  # the newest checkpoint
+        if start is not None:
+            with blamed_on("resume"):
+                self._state.load(start.snapshot)
+            if start.path.resolve().parent == self._folder.checkpoints_path.resolve():
+                self._saved = self._folder.checkpoints_path / start.path.name
+            _LOG.warning(
+                "resume: going on after step %d from %s", self._state.num_finished, start.path
+            )
 
-    def _load_evaluation(self) -> None:
-        settings = self.config.eval
-        self._evaluation: Evaluation | None = None
-        self._best: BestCheckpoint | None = None
-        if settings.is_on:
-            check_guidance(self.policy, "eval.guidance_scales", *(settings.guidance_scales or []))
-            self._evaluation = Evaluation(self.config, self._prompts, self._device)
-            if settings.best_metric is not None:
-                self._best = BestCheckpoint(self._folder, settings.best_metric, settings.best_mode)
+    def _load(self, start: Start | None, report: Report) -> None:
+        config = self.config
+        models = load_models(config, self._device, start, report)
+        self.policy, tokenizer, prompts = models
+        self._judges = Judges(config, self._device, self._ranges)
+        self._learner = Learner(self.policy, config, self._ranges, self._signals.breakable_alone)
+        self._memory = RunMemory(config, models, self._device)
+        self.engine = self._memory.make_engine(self.profile.engine_ranges)
+        self._collection = Collection(
+            config, prompts, self.engine, tokenizer, self._judges, self._clock
+        )
+        self._step = TrainingStep(
+            config,
+            prompts,
+            self._collection,
+            self._judges,
+            self._learner,
+            make_entropy_control(
+                config.entropy,
+                constant=config.objective.entropy_coef,
+                num_steps=config.num_steps,
+                vocab_size=self.policy.config.vocab_size,
+            ),
+            self._clock,
+            self._folder,
+            self._signals.breakable,
+        )
+        self._views = PolicyViews(
+            config,
+            models,
+            self.engine,
+            self._collection,
+            self._learner,
+            self._folder,
+            self._ranges,
+            self._signals,
+        )
+        self._state = RunState(
+            config, self.policy, self._learner, self._step, self._views.evaluation, self._views.best
+        )
 
     def describe_memory(self) -> list[str]:
         """What an optimizer step will hold and which micro-batch fits, in words.
 
         Rehearses small passes; leaves no trace in the weights or the random state.
         """
-        return self._forecast.describe(self._share, self._bytes_for_a_step())
-
-    @property
-    def _share(self) -> TrainConfig:
-        """What this rank does of the run."""
-        return one_ranks_share(self.config, num_ranks())
-
-    @cached_property
-    def _forecast(self) -> MemoryForecast:
-        conditions = moved_to(self._prompts.probe(), self._device)
-        return forecast_memory(self.policy, self._share, conditions)
-
-    def _bytes_for_a_step(self) -> int:
-        # Judges, tokenizer and weights stand already; the weights are part of the forecast.
-        return available_bytes(self._device) + self._forecast.weights
-
-    def _make_engine(self) -> RolloutEngine:
-        config = self.config
-        own_images = config.images_per_step // num_ranks()
-        slots = min(config.max_slots or own_images, own_images)
-        kv_bytes = config.kv_bytes
-        if kv_bytes is None and self._device.type == "cuda":
-            # The cache stays while the optimizer steps.
-            kv_bytes = self._forecast.left_for_cache(self._share, self._bytes_for_a_step())
-        return RolloutEngine(
-            self.policy,
-            max_slots=slots,
-            kv_bytes=kv_bytes,
-            deterministic=config.deterministic,
-            ranges=self.profile.engine_ranges,
-        )
+        return self._memory.describe()
 
     def train(self) -> TrainResult:
-        """Run all steps.
+        """Run all steps that are left.
 
         Raises:
-            NonFiniteError: a gradient stopped being a number.
+            NonFiniteError: a loss or gradient stopped being a number; see `FaultConfig`.
             JudgesUnavailableError: a judge failed for too long; a checkpoint was saved.
             PeerError: another rank failed.
+            Preempted: a signal came; a checkpoint was saved.
+            StorageError: a checkpoint could not be written.
         """
         self._warn_of_mismatch()
         metrics: dict[str, float] = {}
         try:
-            for tracker in self._trackers:
-                tracker.start(self.config, self._folder)
-            if is_first():
-                self._show_samples(0)
-            if base := self._evaluate(0):
-                self._log(0, base)
-            for step in range(self.config.num_steps):
-                with self.profile.tracing(step):
-                    with self.profile.ranges("step"):
-                        metrics = self._train_step(step)
-                    metrics = {**metrics, **self._evaluate(step + 1)}
-                    self._log(step + 1, metrics)
-                    self._leave_files(step + 1)
-                    self._check_judges(step + 1)
-            meet("end of the run")
+            with self._signals, self._watchdog:
+                try:
+                    metrics = self._run()
+                except Preempted as stop:
+                    raise Preempted(self._saved_after(stop)) from stop
+                finally:
+                    self._close()
         finally:
-            self._judges.close()
-            for tracker in self._trackers:
-                tracker.close()
-        best = None if self._best is None else self._best.path
-        return TrainResult(self._folder.checkpoint(self.config.num_steps), metrics, best)
+            self._unlock()
+        best = None if self._views.best is None else self._views.best.path
+        assert self._saved is not None
+        return TrainResult(self._saved, metrics, best)
 
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
+    def _run(self) -> dict[str, float]:
+        state = self._state
+        state.set_generators(self._device)
+        logged = None
+        if state.has_begun:
+            logged = state.num_finished - (state.pending is not None)
         for tracker in self._trackers:
-            tracker.log(step, metrics)
-
-    def _train_step(self, step: int) -> dict[str, float]:
-        """One rollout iteration: the whole method in a few lines."""
-        self._clock.start_step()
-        collected = self._collection.collect(
-            step,
-            with_monitors=self._is_monitored(step + 1),
-            support=self.config.rollout.is_filtered and self._learner.wants_support,
-        )
-        rollout = collected.rollout
-        with self._clock.phase("logprob"):
-            # Needs no score, so judges work meanwhile.
-            fixed = self._learner.fixed_logprobs(rollout)
-        scores = self._collection.scores(collected)
-        self._keep_extras(step + 1)
-        self._problem = self._failures.observe(scores)
-        advantages = scores.advantages(self.config.images_per_prompt)
-        own = advantages.of_images(self._collection.image_ids)
-        experience = self._learner.prepare(rollout, own, fixed)
-        entropy_coef = self._entropy.coefficient(step)
-        with self._clock.phase("update"):
-            by_completion = self.config.parity.entropy_by_completion
-            rule = partial(self._entropy.coefficient_at, step) if by_completion else None
-            learned = self._learner.learn(
-                experience, step, entropy_coef=entropy_coef, entropy_rule=rule
-            )
-        self._judges.update()
-        # A step without a single score measures no entropy.
-        if advantages.used.any():
-            self._entropy.observe(learned["entropy/policy"])
-        return {
-            **scores.metrics(),
-            **self._collection.measured(collected),
-            **advantages.metrics(),
-            "entropy/coef": entropy_coef,
-            **learned,
-            **self._clock.finish_step(
-                self.config.images_per_step, num_ranks() * rollout.token_ids.numel()
-            ),
-        }
-
-    def _evaluate(self, step: int) -> dict[str, float]:
-        """Measure the policy, where it is time, and keep it if it is the best so far."""
-        if self._evaluation is None or not self.config.eval.is_due(step, self.config.num_steps):
-            return {}
-        with self._learner.averaged():
-            with self.profile.ranges("evaluation"):
-                metrics = self._evaluation.measure(self.engine, self._tokenizer)
-            if self._best is not None and self._best.improves(metrics):
-                self._best.save(self.policy, step, metrics)
+            tracker.start(self.config, self._folder, logged)
+        if not state.has_begun:
+            self._views.show(0, self._trackers)
+            if base := self._views.evaluate(0):
+                self._log(0, StepOutcome(base, {}))
+            state.has_begun = True
+        metrics = {} if state.pending is None else self._conclude(state.pending)
+        while state.num_finished < self.config.num_steps:
+            step = state.num_finished
+            with self.profile.tracing(step):
+                with self._ranges("step"):
+                    is_monitored = self._views.is_monitored(step + 1)
+                    outcome = self._step.run(step, with_monitors=is_monitored)
+                    self._step.commit()
+                state.pending, state.num_finished = outcome, step + 1
+                metrics = self._conclude(outcome)
+        self._save()
+        self._writer.wait()
+        meet("end of the run")
         return metrics
 
-    def _is_shown(self, step: int) -> bool:
-        every = self.config.output.sample_every
-        return step == self.config.num_steps or (every > 0 and step % every == 0)
+    def _conclude(self, outcome: StepOutcome) -> dict[str, float]:
+        """Evaluate, show, log and save, after a step; may be done again from its beginning."""
+        step, output = self._state.num_finished, self.config.output
+        evaluated = self._views.evaluate(step)
+        if self._views.is_shown(step):
+            self._views.show(step, self._trackers)
+        metrics = {**outcome.metrics, **evaluated}
+        self._log(step, outcome._replace(metrics=metrics))
+        self._state.pending = None
+        self._writer.check()
+        if output.save_every and step % output.save_every == 0:
+            self._save()
+        if self._step.problem is not None:
+            self._save()
+            self._writer.wait()
+            raise JudgesUnavailableError(
+                f"{self._step.problem}; the run ends here, saved in {self._saved}"
+            )
+        self._signals.check("step")
+        return metrics
 
-    def _is_monitored(self, step: int) -> bool:
-        every = self.config.judging.monitor_every
-        last = step == self.config.num_steps
-        return self._is_shown(step) if every is None else last or step % every == 0
-
-    def _leave_files(self, step: int) -> None:
-        last = step == self.config.num_steps
-        every = self.config.output.save_every
-        is_saved = last or bool(every and step % every == 0)
-        if not is_first() or not (is_saved or self._is_shown(step)):
-            return
-        with self._learner.averaged():
-            if self._is_shown(step):
-                with self.profile.ranges("samples"):
-                    self._show_samples(step)
-            if is_saved:
-                self._save(step)
-
-    def _save(self, step: int) -> None:
-        with self.profile.ranges("checkpoint"):
-            save_policy(self.policy, self._folder.checkpoint(step))
-
-    def _check_judges(self, step: int) -> None:
-        if self._problem is None:
-            return
-        path = self._folder.checkpoint(step)
-        if is_first() and not path.exists():
-            with self._learner.averaged():
-                self._save(step)
-        raise JudgesUnavailableError(f"{self._problem}; the run ends here, saved in {path}")
-
-    def _keep_extras(self, step: int) -> None:
-        """What judges have to say of each image, in a file."""
-        extras = extras_over_ranks(self._judges.extras())
+    def _log(self, step: int, outcome: StepOutcome) -> None:
         if is_first():
-            append_extras(self._folder.reward_extras_path, step, extras)
-
-    def _show_samples(self, step: int) -> None:
-        """A grid of the same conditions and seeds every time."""
-        count = self.config.output.sample_images
-        cycle = [self._prompts.prompts[i % len(self._prompts)] for i in range(count)]
-        rollout = self.engine.draw(
-            self._prompts.conditions(cycle, 1), self.config.rollout, seed=self.config.seed
-        )
-        path = self._folder.samples(step)
-        save_grid(self._collection.pixels(rollout), path)
+            append_extras(self._folder.reward_extras_path, step, outcome.extras)
         for tracker in self._trackers:
-            tracker.image(step, "samples", path)
+            tracker.log(step, outcome.metrics)
+
+    def _save(self) -> None:
+        """Begin to write the run as it is, unless that was done."""
+        path = self._folder.checkpoints_path / self._state.position.name
+        if path == self._saved:
+            return
+        with self._ranges("checkpoint"):
+            wants_reference = self._writer.reference is None
+            # All ranks take part: each holds a part of the optimizer's state.
+            snapshot = self._state.snapshot(with_reference=wants_reference)
+            if is_first():
+                self._writer.save(snapshot)
+        self._saved = path
+
+    def _saved_after(self, stop: Preempted) -> str:
+        """Save after a signal, and say what to do next."""
+        next_time = f"argrpo train --resume {self._folder.path}"
+        if not self._state.has_begun:
+            return f"stopped by {stop} before the first step; nothing was to be saved"
+        self._save()
+        with self._ranges("checkpoint"):
+            self._writer.wait()
+        return f"stopped by {stop}, saved in {self._saved}; {next_time} goes on"
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _close(self) -> None:
+        self._judges.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _warn_of_mismatch(self) -> None:
         params = self.config.rollout

@@ -127,7 +127,7 @@ class CurveTracker:
     def __init__(self) -> None:
         self.curves: dict[str, list[float]] = {name: [] for name in CURVES}
 
-    def start(self, config: TrainConfig, folder: RunFolder) -> None:
+    def start(self, config: TrainConfig, folder: RunFolder, logged: int | None = None) -> None:
         """Nothing to prepare."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

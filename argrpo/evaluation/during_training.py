@@ -10,7 +10,7 @@ Shapes: M images of an evaluation, J judges, C features.
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -129,6 +129,26 @@ class Evaluation:
             found |= self._diversity(look)
             metrics |= {f"{view.prefix}{kind}": value for kind, value in found.items()}
         return {**metrics, "eval/seconds": time.perf_counter() - started}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The scores of the base policy, of each view by its number."""
+        return {f"base.{place}": scores for place, scores in enumerate(self._base)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: it is of other judges, images or guidance scales.
+        """
+        wanted = (len(self._prompts), len(self._judges))
+        shapes = {name: tuple(scores.shape) for name, scores in state.items()}
+        names = [f"base.{place}" for place in range(len(self._views))]
+        if state and shapes != dict.fromkeys(names, wanted):
+            raise ValueError(
+                f"eval: expected scores of {wanted[0]} images by {wanted[1]} judges in "
+                f"{len(names)} views, got {shapes}"
+            )
+        self._base = [state[name] for name in names] if state else []
 
     def _look(
         self, engine: RolloutEngine, tokenizer: VQTokenizer, params: SamplingParams

@@ -10,6 +10,7 @@ Source: the formats of FoundationVision/LlamaGen at ce98ec4 and Kwai-Klear/AR-GR
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,25 @@ def published_weights(policy: ImagePolicy) -> dict[str, Tensor]:
         names = policy.published_names(key)
         weights.update(zip(names, weight.chunk(len(names)), strict=True))
     return weights
+
+
+@torch.no_grad()
+def load_published_weights(policy: ImagePolicy, weights: Mapping[str, Tensor]) -> None:
+    """Give a policy weights under the published names, at the addresses that it has.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a shape differs; the policy is as it was.
+    """
+    own = published_weights(policy)
+    for name in sorted(own.keys() | weights.keys()):
+        found, wanted = weights.get(name), own.get(name)
+        if found is None or wanted is None or found.shape != wanted.shape:
+            raise ValueError(
+                f"{name}: expected {None if wanted is None else list(wanted.shape)}, got "
+                f"{None if found is None else list(found.shape)}"
+            )
+    for name, weight in own.items():
+        weight.copy_(weights[name])
 
 
 def policy_record(policy: ImagePolicy) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """When judges fail for so long that going on would waste the run."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from argrpo.judging_config import JudgingConfig
 from argrpo.rewards.scoring import Scores
@@ -16,6 +17,15 @@ class FailureWatch:
     def __init__(self, config: JudgingConfig) -> None:
         self._config = config
         self._num_bad_steps: defaultdict[str, int] = defaultdict(int)
+
+    def state(self) -> dict[str, int]:
+        """Bad steps in a row, by judge."""
+        return dict(self._num_bad_steps)
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was taken."""
+        self._num_bad_steps.clear()
+        self._num_bad_steps.update(state)
 
     def observe(self, scores: Scores) -> str | None:
         """What is wrong, in a line, once a judge has failed for `patience` steps in a row.

@@ -147,9 +147,9 @@ class LooFidReward:
         return {"distance": self._distance}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The carried moments."""
-        weight = torch.tensor(self._state.weight, dtype=torch.float64)
-        return {"first": self._state.first, "second": self._state.second, "weight": weight}
+        """The carried moments, and those that `update` would move to."""
+        state = _named(self._state, "")
+        return state if self._next is None else state | _named(self._next, "next_")
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where `state_dict` was taken.
@@ -164,8 +164,19 @@ class LooFidReward:
                 raise ValueError(
                     f"{self.name}.{key}: expected a state of shape {list(wanted)}, got {list(got)}"
                 )
-        moments = RawMoments(state["first"], state["second"], float(state["weight"]))
-        self._state, self._next = moments.to(device), None
+        self._state = _moments(state, "").to(device)
+        self._next = _moments(state, "next_").to(device) if "next_first" in state else None
+
+
+def _named(moments: RawMoments, prefix: str) -> dict[str, Tensor]:
+    weight = torch.tensor(moments.weight, dtype=torch.float64)
+    parts = {"first": moments.first, "second": moments.second, "weight": weight}
+    return {f"{prefix}{name}": value for name, value in parts.items()}
+
+
+def _moments(state: dict[str, Tensor], prefix: str) -> RawMoments:
+    first, second, weight = (state[f"{prefix}{name}"] for name in ("first", "second", "weight"))
+    return RawMoments(first, second, float(weight))
 
 
 class _Diagonal:

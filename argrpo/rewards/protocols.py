@@ -113,7 +113,8 @@ class DistributionReward(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the next step's scores depend on."""
+        """What the next step's scores depend on. Asked between `score` and `update` too: what the
+        update would bring is then part of it."""
         ...
 
 

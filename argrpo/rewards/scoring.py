@@ -177,10 +177,10 @@ class Judges:
         for judge in self._distribution_rewards():
             prefix = f"{judge.name}/"
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if not own:
-                if not judge.state_dict():
-                    continue
+            if not own and judge.state_dict():
                 raise ValueError(f"rewards.{judge.name}: expected its state, got none")
+            if not own:
+                continue
             if not isinstance(judge, Restorable):
                 raise ValueError(
                     f"rewards.{judge.name}: expected a method load_state_dict, got none"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -179,8 +179,19 @@ class Recorder(ModuleType):
         super().__init__(name)
         self.calls: list[tuple[str, object]] = []
 
-    def init(self, *, project: str, name: str, config: dict, dir: str = "") -> None:
+    def init(
+        self,
+        *,
+        project: str,
+        name: str,
+        config: dict,
+        resume: str | None,
+        dir: str = "",
+        id: str | None = None,
+    ) -> SimpleNamespace:
         self.calls.append(("init", (project, name, config["images_per_prompt"])))
+        self.resumed = (id, resume)
+        return SimpleNamespace(id="abc")
 
     def log(self, metrics: dict, step: int) -> None:
         self.calls.append(("log", (metrics, step)))
@@ -214,6 +225,23 @@ def test_a_dashboard_is_told_the_config_each_step_and_the_pictures(
         ("log", ({"samples": f"image of {folder.samples(1)}"}, 1)),
         ("finish", None),
     ]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wandb", WandbTracker), ("trackio", TrackioTracker)])
+def test_a_dashboard_goes_on_with_the_run_that_it_knows(
+    config: TrainConfig,
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kind: Callable[[], Tracker],
+) -> None:
+    dashboard = Recorder(name)
+    monkeypatch.setitem(sys.modules, name, dashboard)
+    fresh = {"wandb": (None, None), "trackio": (None, "never")}
+    kind().start(config, folder)
+    assert dashboard.resumed == fresh[name]
+    kind().start(config, folder, 5)
+    assert dashboard.resumed == ("abc" if name == "wandb" else None, "allow")
 
 
 def test_the_files_come_first_and_progress_only_when_asked(config: TrainConfig) -> None:

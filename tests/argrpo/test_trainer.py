@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from argrpo import prompt_encoding
-from argrpo import trainer as trainer_file
+from argrpo import prompt_encoding, run_models
 from argrpo.collection import draw_seed
 from argrpo.config import (
     DataConfig,
@@ -120,7 +119,7 @@ class _Recorder:
         self.images: list[tuple[int, Path]] = []
         self.closed = False
 
-    def start(self, config: TrainConfig, folder: RunFolder) -> None:
+    def start(self, config: TrainConfig, folder: RunFolder, logged: int | None = None) -> None:
         self.rows.clear()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -311,7 +310,7 @@ def test_prompts_are_encoded_before_the_policy_is_there(
     gc.collect()
     held, loaded = alive(LlamaGen), list[int]()
     monkeypatch.setattr(prompt_encoding, "load_text_encoder", encoder_alone)
-    monkeypatch.setattr(trainer_file, "load_policy", policy_alone)
+    monkeypatch.setattr(run_models, "load_policy", policy_alone)
     trainer, recorder = _run(config, tmp_path / "run")
     assert loaded
     assert recorder.rows[1]["kl"] > 0
