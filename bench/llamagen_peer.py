@@ -40,7 +40,7 @@ class LlamaGenPeer:
                 f"got {path}, where {_MODEL_FILE} is missing"
             )
         try:
-            with _importable(path):
+            with importable(path):
                 models = import_module("autoregressive.models.gpt").GPT_models
                 self._sampler = import_module("autoregressive.models.generate")
         except ImportError as error:
@@ -55,7 +55,7 @@ class LlamaGenPeer:
             model_type="c2i",
         )
         model = model.to(device=case.device, dtype=case.dtype).eval()
-        model.load_state_dict(_published_weights(policy))
+        model.load_state_dict(published_weights(policy))
         self._model = self._run = model
         self._settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         self._at = torch.zeros(1, device=case.device, dtype=torch.int)
@@ -118,7 +118,7 @@ class LlamaGenPeer:
 
 
 @contextmanager
-def _importable(path: Path) -> Iterator[None]:
+def importable(path: Path) -> Iterator[None]:
     sys.path.insert(0, str(path.resolve()))
     try:
         yield
@@ -126,7 +126,7 @@ def _importable(path: Path) -> Iterator[None]:
         sys.path.remove(str(path.resolve()))
 
 
-def _published_weights(policy: LlamaGen) -> dict[str, Tensor]:
+def published_weights(policy: LlamaGen) -> dict[str, Tensor]:
     """Our weights under the published names: w1 and w3 are one parameter here."""
     weights = {}
     for name, weight in policy.state_dict().items():

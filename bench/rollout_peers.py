@@ -60,7 +60,7 @@ def peers_of(case: Case, policy: LlamaGen, names: Sequence[str], path: Path | No
     """
     peers = []
     for name in names:
-        peer = _or_a_line(name, partial(PEERS[name], case, policy, path))
+        peer = or_a_line(name, partial(PEERS[name], case, policy, path))
         if peer is not None:
             _check_logits(peer, case, policy)
             peers.append(peer)
@@ -74,7 +74,7 @@ def measured_peaks(contenders: Sequence[Contender], case: Case) -> dict[str, int
     """
     peaks = {}
     for contender in contenders:
-        taken = _or_a_line(contender.name, partial(peak_bytes, contender, case))
+        taken = or_a_line(contender.name, partial(peak_bytes, contender, case))
         if taken is not None:
             peaks[contender.name] = taken
     return peaks
@@ -115,7 +115,8 @@ def _check_logits(peer: Peer, case: Case, policy: LlamaGen) -> None:
         )
 
 
-def _or_a_line(name: str, make: Callable[[], _Made]) -> _Made | None:
+def or_a_line(name: str, make: Callable[[], _Made]) -> _Made | None:
+    """What is made, or nothing and a printed line that says why."""
     try:
         return make()
     except PeerMissingError as error:
