@@ -32,7 +32,7 @@ help:
 	make test    set up, then run all tests (kernels in Triton's interpreter)
 	make lint    ruff, formatting, mypy
 	make links   the symlink view .links/ that IDEs and mypy read
-	make bench   every benchmark in bench/
+	make bench   rows of this CPU into bench/results/, in some ten minutes
 	make gpu     on a machine with a CUDA GPU: its tests and benches, rows into bench/results/
 	make size    lines per file; over 300 is marked
 	make clean   what make and the tools left behind; the environment stays (remove .venv for that)
@@ -68,7 +68,7 @@ links:
 	for item in argrpo/* kernels engine; do ln -s "../../$$item" .links/argrpo/; done
 
 bench: $(STAMP)
-	@for script in bench/bench_*.py; do $(BIN)/python "$$script"; done
+	@$(BIN)/python bench/cpu_suite.py
 
 # Machines with a GPU often bring their own torch: the environment is used where it stands, else
 # the python on PATH, into which argrpo was installed by `pip install --no-deps -e .`.

@@ -8,7 +8,8 @@ nine minutes.
 
 from dataclasses import dataclass
 
-LLAMAGEN = ".peers/LlamaGen"  # git-ignored; without a checkout there its peers are a printed line
+# Git-ignored; without a checkout there its peers are a printed line.
+LLAMAGEN, AR_GRPO = ".peers/LlamaGen", ".peers/AR-GRPO"
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ def _peers(name: str, limit_s: float, *peers: str) -> Part:
     )  # fmt: skip
 
 
-def _trunk(limit_s: float, *options: str) -> Part:
-    output = "{results}/trunk_gpu.jsonl"
-    script = ("bench/bench_trunk.py", "--device", "cuda", "--resume", "--output", output)
-    return Part("trunk", (*script, *options), limit_s)
+def _bench(name: str, limit_s: float, *options: str) -> Part:
+    """A script that writes rows of its own name."""
+    output = f"{{results}}/{name}_gpu.jsonl"
+    script = (f"bench/bench_{name}.py", "--device", "cuda", "--resume", "--output", output)
+    return Part(name, (*script, *options), limit_s)
 
 
 def _sweep(op: str) -> Part:
@@ -88,13 +90,18 @@ PARTS = (
     _peers("static_cache", 200, "static_cache"),
     _rollout("text", 240, "--models", "XL", "--images", "128", "--text_tokens", "120",
              "--peer", "static_cache"),
+    _bench("step", 200, "--models", "XL", "--image_size", "384", "--images", "32",
+           "--judges", "clip", "hpsv2", "--samples", "3", "--warmup", "1",
+           "--peer", "plain", "argrpo", "--peer_path", AR_GRPO),
+    _bench("decode", 150, "--image_size", "256", "384"),
     _tests("training", 60, "tests/argrpo/test_training_attention.py", marked="gpu"),
-    _trunk(120, "--models", "XL", "B", "--text_tokens", "0", "120"),
+    _bench("trunk", 120, "--models", "XL", "B", "--text_tokens", "0", "120"),
     _rollout("b_3b", 150, "--models", "B", "3B", "--images", "128", "8",
              "--guidance_scale", "2", "1"),
     _rollout("xl_384", 120, "--models", "XL", "--images", "64", "--image_size", "384"),
     Part("slots", ("bench/bench_slots.py", "--device", "cuda",
                    "--output", "{results}/slots_gpu.jsonl"), 150),
+    _bench("loo_fid", 60),
     _tests("engine", 100, "tests/engine", "tests/bench", marked="gpu"),
     _kernels("groups", 80, "logprob_gradients", "grouped_logprob_kl"),
     _kernels("layers", 80, "rmsnorm", "rmsnorm_residual", "swiglu", "guided_hidden",

@@ -32,7 +32,6 @@ from result_rows import append_row, commit_described, rows_in
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-STATE_NAME = "gpu_suite_state.json"
 # A part is not started with less than this left: importing torch and the first launch take half.
 LEAST_SECONDS = 20.0
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
@@ -59,6 +58,7 @@ class Suite:
     state: Path
     commit: str
     again: bool = False  # run parts whatever became of them before
+    device: str = "gpu"  # in the names of its files
     now: Callable[[], float] = time.monotonic
 
     def run(self, seconds: float) -> list[Outcome]:
@@ -95,7 +95,7 @@ class Suite:
         fresh.write_text(json.dumps({"commit": self.commit, "parts": parts}), encoding="utf-8")
         fresh.replace(self.state)
         row = {
-            "bench": "gpu_suite",
+            "bench": f"{self.device}_suite",
             "part": outcome.part,
             "status": outcome.status,
             "seconds": round(outcome.seconds, 1),
@@ -103,7 +103,7 @@ class Suite:
             "commit": self.commit,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         }
-        append_row(self.results / "gpu_suite.jsonl", row)
+        append_row(self.results / f"{self.device}_suite.jsonl", row)
 
     def _run_part(self, part: Part, available: float) -> Outcome:
         print(f"== {part.name}: at most {min(part.limit_s, available):.0f} s", flush=True)
@@ -160,7 +160,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def table(suite: Suite, outcomes: Sequence[Outcome]) -> str:
     """The headline of every result of this commit, then what ran and what is left."""
-    lines = _headlines(suite.results)
+    lines = _headlines(suite.results, suite.device)
     lines.append(f"{'part':24} {'status':16} {'seconds':>8}")
     lines += [f"{one.part:24} {one.status:16} {one.seconds:>8.0f}" for one in outcomes]
     ran = {one.part for one in outcomes}
@@ -171,18 +171,18 @@ def table(suite: Suite, outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _headlines(results: Path) -> list[str]:
+def _headlines(results: Path, device: str) -> list[str]:
     """Rows of the commit that runs, in few words; with a cold cache where there is one.
 
     Ours, and of rollouts also their peers' (which say how they make a step).
     """
     commit = commit_described()
     found: dict[str, Mapping[str, Any]] = {}
-    for path in sorted(results.glob("*_gpu.jsonl")):
+    for path in sorted(results.glob(f"*_{device}.jsonl")):
         for row in rows_in(path):
             name = row.get("case") or _rollout_name(row)
             is_better = name not in found or row.get("cache") != "hot"
-            is_told = row.get("contender") == "argrpo" or "how" in row
+            is_told = row.get("contender", "argrpo") == "argrpo" or "how" in row
             if is_told and row["commit"] == commit and is_better:
                 found[name] = row
     return [_headline(name, row) for name, row in found.items()]
@@ -198,42 +198,62 @@ def _rollout_name(row: Mapping[str, Any]) -> str:
 
 
 def _headline(name: str, row: Mapping[str, Any]) -> str:
-    if row["bench"] != "kernels":
-        return (
-            f"{name}: {row['images_per_s']:.2f} images/s, {row['percent_of_limit']:.0f} % of limit"
-        )
-    floor = f", {row['over_floor']:.2f} x floor" if "over_floor" in row else ""
-    time = f"{row['p50_us']:.1f} us {row['cache']}"
-    return f"{name}: {time}, {row['percent_of_limit']:.0f} % of limit{floor}"
+    """The figures that a row has, in one line."""
+    told = [f"{row['images_per_s']:.2f} images/s"] if "images_per_s" in row else []
+    if "p50_us" in row:
+        told.append(f"{row['p50_us']:.1f} us {row['cache']}")
+    elif not told:
+        told.append(f"{row['p50_ms']:.1f} ms")
+    if "percent_of_limit" in row:
+        told.append(f"{row['percent_of_limit']:.0f} % of limit")
+    if row["bench"] == "kernels" and "over_floor" in row:
+        told.append(f"{row['over_floor']:.2f} x floor")
+    return f"{name}: {', '.join(told)}"
 
 
-def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
-    """The suite on this machine; the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def arguments(
+    argv: Sequence[str] | None, parts: Sequence[Part], description: str, minutes: float
+) -> argparse.Namespace:
+    """What a suite is asked; `minutes` unless told otherwise."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     names = [part.name for part in parts]
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=minutes, help="for all parts together")
     parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--state", type=Path, help=f"default: {STATE_NAME} in the results folder")
+    parser.add_argument("--state", type=Path, help="what is done; default: in the results folder")
     parser.add_argument("--again", action="store_true", help="also what is done or failed already")
     parser.add_argument("--list", action="store_true", help="print the parts and their limits")
-    args = parser.parse_args(argv)
-    if args.list:
-        print("\n".join(f"{part.name:24} {part.limit_s:>4.0f} s" for part in parts))
-        return 0
-    if not torch.cuda.is_available():
-        print("gpu_suite: needs a CUDA GPU, found none", file=sys.stderr)
-        return 2
+    return parser.parse_args(argv)
+
+
+def listed(parts: Sequence[Part]) -> str:
+    """Parts and their limits."""
+    return "\n".join(f"{part.name:24} {part.limit_s:>4.0f} s" for part in parts)
+
+
+def run_parts(args: argparse.Namespace, parts: Sequence[Part], device: str) -> int:
+    """Run what is wanted and left; the exit code."""
     results = args.results.resolve()
     wanted = [part for part in parts if args.only is None or part.name in args.only]
     # Ended from outside, it ends the part that is running and keeps what that has written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    suite = Suite(
-        wanted, results, args.state or results / STATE_NAME, commit_described(), args.again
-    )
+    state = args.state or results / f"{device}_suite_state.json"
+    suite = Suite(wanted, results, state, commit_described(), args.again, device)
     outcomes = suite.run(args.minutes * 60)
     print(table(suite, outcomes))
     return 1 if any(one.status in ("failed", "over its limit") for one in outcomes) else 0
+
+
+def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
+    """The suite on this machine; the exit code."""
+    args = arguments(argv, parts, __doc__ or "", minutes=9.0)
+    if args.list:
+        print(listed(parts))
+        return 0
+    if not torch.cuda.is_available():
+        print("gpu_suite: needs a CUDA GPU, found none", file=sys.stderr)
+        return 2
+    return run_parts(args, parts, "gpu")
 
 
 if __name__ == "__main__":
