@@ -76,6 +76,32 @@ def scale_table(
     return lines
 
 
+def predicted_table(models: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Images per GPU-hour with the default assumptions, for the README."""
+    args = arguments(["--models", *models])
+    machine, gpus = machine_of(args), (1, 8, 64, 1024)
+    works = works_of(args)
+    head = [
+        "images per GPU-hour",
+        *(f"{count:,} GPU{'s' * (count > 1)}" for count in gpus),
+        f"GB sent a GPU and step, {gpus[-1]:,} GPUs",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for work in works:
+        for way in WAYS:
+            costs = [step_cost(work, machine, rows, count, way) for count in gpus]
+            cells = [
+                f"{_three_figures(work.images / cost.seconds * 3600):,} "
+                f"{'m' if cost.is_measured else 'p'}"
+                for cost in costs
+            ]
+            if way != WAYS[0]:
+                cells[0] = ""  # one GPU has nothing to share
+            sent = traffic(work, machine, gpus[-1], way).num_bytes / 1e9
+            lines.append(f"| {work.model}, {way} | {' | '.join(cells)} | {sent:.1f} p |")
+    return ["**What one GPU and many would be worth.** " + describe(works[0], machine), "", *lines]
+
+
 def _three_figures(value: float) -> int:
     """Rounded down, not in our favour."""
     step = 10 ** max(0, int(math.log10(value)) - 2)
@@ -122,15 +148,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(argv)
-    machine = Machine(
+def machine_of(args: argparse.Namespace) -> Machine:
+    """The assumed rates."""
+    return Machine(
         Ceilings(bytes_per_second=args.tb_per_s * 1e12, flops_per_second=args.tflops * 1e12),
         *(args.rollout_share, args.compute_share),
         *(args.nvlink_gb_per_s * 1e9, args.network_gb_per_s * 1e9),
     )
+
+
+def works_of(args: argparse.Namespace) -> list[Work]:
+    """A step of each model."""
     sizes = args.image_size, args.images, args.micro_batch, args.guidance_scale
-    works = [Work(model, *sizes) for model in args.models]
+    return [Work(model, *sizes) for model in args.models]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    machine, works = machine_of(args), works_of(args)
     rows = [
         row for name in ("rollout", "trunk") for row in rows_in(args.results / f"{name}_gpu.jsonl")
     ]
