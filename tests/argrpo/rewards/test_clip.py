@@ -1,5 +1,7 @@
 """The judges by cosine against the libraries' own numbers, on small towers with random weights."""
 
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
@@ -117,3 +119,30 @@ def test_pickscore_is_the_scaled_cosine(clip_folder) -> None:
 def test_an_unknown_interpolation_is_refused(tower_files) -> None:
     with pytest.raises(ValueError, match=r"interpolation: expected one of bicubic, bilinear"):
         ClipReward("argrpo-tiny", tower_files[0], interpolation="nearest", device=_CPU)
+
+
+def test_hpsv2_gives_the_number_of_its_package(tower_files, tmp_path) -> None:
+    """Where it can be installed: see `hpsv2` in CONTRIBUTING's dependencies."""
+    pytest.importorskip("hpsv2.src.open_clip", reason="hpsv2 wants an environment of its own")
+    from hpsv2 import img_score
+    from hpsv2.src import open_clip as fork
+    from torchvision.transforms.functional import to_pil_image
+
+    path, model = tower_files
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "hps.pt")
+    fork.add_model_config(Path(path).parent)
+    theirs, _, pixels = fork.create_model_and_transforms(
+        "argrpo-tiny", precision="fp32", output_dict=True
+    )
+    img_score.model_dict.update(model=theirs, preprocess_val=pixels)
+    images = torch.randint(256, (3, 3, 48, 40), dtype=torch.uint8)
+    texts = ["a cat", "a dog", "a cat"]
+    wanted = [
+        img_score.score(to_pil_image(image), text, cp=str(tmp_path / "hps.pt"))[0]
+        for image, text in zip(images, texts, strict=True)
+    ]
+    judge = Hpsv2Reward(str(tmp_path / "hps.pt"), model="argrpo-tiny", device=_CPU)
+    # fp32 sums in another order, of a batch and of one image
+    torch.testing.assert_close(
+        judge(images / 255, _prompts(*texts)), torch.tensor(wanted), atol=1e-5, rtol=0
+    )

@@ -1,5 +1,9 @@
 """Distances of parts of a batch, on a small judge's features."""
 
+import inspect
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,7 +52,11 @@ def test_all_images_of_a_part_get_the_value_of_its_distance(judge: str) -> None:
     assert stepped.metrics()["distance"] == pytest.approx(between, rel=1e-6)
 
 
-def test_the_map_of_ar_grpo_is_the_default(judge: str) -> None:
+def test_the_map_of_ar_grpo_is_the_default(judge: str, golden: Path) -> None:
+    case = json.loads((golden / "reward_maps/case.json").read_text())["config"]["fid_map"]
+    defaults = inspect.signature(FidGroupReward).parameters
+    assert list(defaults["thresholds"].default) == case["values"]
+    assert list(defaults["values"].default) == case["rewards"]
     # Untrained features are small, and so is the distance: below 2, but above 0.
     assert _score(_reward(judge, groups=1), torch.rand(6, 3, 32, 32)).tolist() == [2.0] * 6
 
