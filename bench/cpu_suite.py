@@ -41,6 +41,7 @@ PARTS = (
     _part("decode", 200, "--resume"),
     _part("loo_fid", 150, "--resume"),
     _part("trunk", 150, "--samples", "3", "--resume"),
+    _part("rewards", 400, "--judges", "clip_b32", "--samples", "2", "--resume"),
     _part("slots", 200, "--samples", "1", "--times", "1", "4"),
 )  # fmt: skip
 

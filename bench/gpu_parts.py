@@ -102,6 +102,7 @@ PARTS = (
     Part("slots", ("bench/bench_slots.py", "--device", "cuda",
                    "--output", "{results}/slots_gpu.jsonl"), 150),
     _bench("loo_fid", 60),
+    _bench("rewards", 240),
     _tests("engine", 100, "tests/engine", "tests/bench", marked="gpu"),
     _kernels("groups", 80, "logprob_gradients", "grouped_logprob_kl"),
     _kernels("layers", 80, "rmsnorm", "rmsnorm_residual", "swiglu", "guided_hidden",

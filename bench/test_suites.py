@@ -12,6 +12,7 @@ from typing import Any
 
 import bench_decode
 import bench_loo_fid
+import bench_rewards
 import bench_slots
 import bench_step
 import pytest
@@ -131,6 +132,14 @@ def test_decode(benchmark: Any) -> None:
     decode = bench_decode.contenders(case, [dtype], compiled=False)["argrpo", dtype]
     limit_us = case.flops() / _ceilings().flops_per_second * 1e6
     _record(benchmark, "decode", decode, limit_us, {"images": IMAGES, "dtype": dtype})
+
+
+@pytest.mark.parametrize("name", ["tensor", "pillow"])
+def test_tower_pixels(benchmark: Any, name: str) -> None:
+    """Images to what a judge's tower takes."""
+    images = bench_rewards.smooth_images(IMAGES, 256, DEVICE)
+    call = bench_rewards.pixel_calls(images, bench_rewards.TOWER_SIZE)[name]
+    _record(benchmark, "tower pixels", call, None, {"images": IMAGES, "contender": name})
 
 
 @pytest.mark.parametrize("kind", ["batch", "carried"])

@@ -26,7 +26,7 @@ def test_every_suite_is_collected(tmp_path: Path) -> None:
     for name in (
         "test_rollout_step[floor]", "test_rollout_step[argrpo]", "test_rollout_step[hf_static]",
         "test_trunk[argrpo]", "test_slots[lockstep]", "test_step[argrpo]", "test_step[plain]",
-        "test_decode", "test_leave_one_out[carried]",
+        "test_decode", "test_leave_one_out[carried]", "test_tower_pixels[tensor]",
     ):  # fmt: skip
         assert f"test_suites.py::{name}" in found
     scripts = {path.stem for path in (ROOT / "bench").glob("bench_*.py")}
