@@ -16,7 +16,13 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
+try:
+    import httpx
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "expected the package httpx for judges behind servers, got none; "
+        "pip install 'argrpo[judges]'"
+    ) from error
 
 _PASSING = (408, 429)
 _MAX_BACKOFF_S = 30.0

@@ -41,6 +41,9 @@ REWARDS = {
     "imagereward": "argrpo.rewards.reward_server:ImageRewardServer",
 }
 
+SERVED = {"qwen_vl": "argrpo.rewards.vlm_server:QwenVlServer"}
+"""Judges that a server answers for where they have an option url."""
+
 _IQA = "iqa:"
 _QUANTIZE = re.compile(r"quantize\((.+)\)")
 
@@ -56,7 +59,8 @@ def make_reward(
     A name of `REWARDS`, or module:class, is built with the options (and the device, if it takes
     one). module:function is the judge itself, as rewards/callables.py calls it, without options.
     Options that start with digits: stand for files of the embedded task. Judges that are made with
-    the same `shared` load the networks that they have in common once.
+    the same `shared` load the networks that they have in common once. One of `SERVED` with an
+    option url is asked there and loads nothing.
 
     Raises:
         ValueError: no such judge, an option that it does not take, or one that it lacks, named.
@@ -68,7 +72,8 @@ def make_reward(
     if config.name.startswith(_IQA):
         options = {**config.options, "metric": config.name.removeprefix(_IQA)}
         return make_reward(replace(config, name="iqa", options=options), device, cache_dir, shared)
-    named = _load(config.name)
+    is_served = config.name in SERVED and "url" in config.options
+    named = _load(SERVED[config.name] if is_served else config.name)
     if config.name not in REWARDS and not inspect.isclass(named):
         if config.options:
             raise ValueError(

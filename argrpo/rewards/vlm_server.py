@@ -120,6 +120,52 @@ class VlmServerReward:
         return png_base64(picture)
 
 
+class QwenVlServer(VlmServerReward):
+    """`qwen_vl` of rewards/qwen_vl.py, answered by a server: the same questions and names."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str = "Qwen/Qwen2.5-VL-3B-Instruct",
+        question: str = "rubric",
+        read: str = "probabilities",
+        max_new_tokens: int | None = None,
+        connection: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            url: of the interface, as http://127.0.0.1:8000/v1.
+            model: by the name that the server knows it by.
+            question: rubric, rubric_described, fake, weird, or a file.
+            read: probabilities, the odds of the digit where the server gives them; or answer, the
+                number that is stated.
+            max_new_tokens: of an answer; None: 32 where the score comes first, else 1024.
+            connection: as of `VlmServerReward`.
+            name: under which its scores are logged; None: qwen_vl_ and the question.
+
+        Raises:
+            ValueError: an option is none of these.
+            FileNotFoundError: there is no such question, or no key.
+        """
+        if read not in ("probabilities", "answer"):
+            raise ValueError(
+                f"rewards.{name or 'qwen_vl'}.options.read: expected probabilities or answer, got "
+                f"{read!r}"
+            )
+        super().__init__(
+            url,
+            model,
+            question=question,
+            logprobs=read == "probabilities",
+            max_tokens=max_new_tokens,
+            connection=connection,
+            name=name or f"qwen_vl_{load_question(question).name}",
+        )
+
+
 class UnifiedRewardServer(VlmServerReward):
     """UnifiedReward's models: alignment and quality together, 1 to 5."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from argrpo.data import Prompt
+from argrpo.reward_config import RewardConfig
 from argrpo.rewards.image_transfer import from_png_base64
 from argrpo.rewards.protocols import Answer
-from argrpo.rewards.vlm_server import UnifiedRewardServer, VlmServerReward
+from argrpo.rewards.registry import make_reward
+from argrpo.rewards.vlm_server import QwenVlServer, UnifiedRewardServer, VlmServerReward
 
 Start = Callable[[Callable[[Any], None]], str]
 
@@ -130,3 +133,36 @@ def test_options_that_cannot_be_are_named() -> None:
         VlmServerReward(url, "qwen", question="fake", image_size=0)
     with pytest.raises(FileNotFoundError, match=r"question: expected one of fake, rubric"):
         VlmServerReward(url, "qwen", question="none")
+
+
+@pytest.mark.parametrize(("read", "asks_for_odds"), [("probabilities", True), ("answer", False)])
+def test_qwen_vl_with_an_address_is_asked_there_under_the_same_name(
+    scripted_server: Start, read: str, asks_for_odds: bool
+) -> None:
+    bodies = []
+
+    def script(exchange: Any) -> None:
+        bodies.append(exchange.body)
+        exchange.reply(_completion('{"score": 1}'))
+
+    options = {"url": scripted_server(script), "question": "fake", "read": read}
+    config = RewardConfig(name="qwen_vl", options={**options, "connection": _QUICK})
+    judge = make_reward(config, torch.device("cpu"), None)
+    assert isinstance(judge, QwenVlServer) and judge.name == "qwen_vl_fake"
+    assert _ask(judge).scores.tolist() == [1.0, 1.0]
+    assert bodies[0]["model"] == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert ("logprobs" in bodies[0]) is asks_for_odds
+
+
+def test_a_way_to_read_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match=r"qwen_vl\.options\.read: expected probabilities or answ"):
+        QwenVlServer("http://127.0.0.1:1", read="both")
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("json_client", "vlm_server"):
+        monkeypatch.delitem(sys.modules, f"argrpo.rewards.{module}")
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    config = RewardConfig(name="vlm_server", options={"url": "http://x", "model": "y"})
+    with pytest.raises(ValueError, match=r"cannot load 'vlm_server': .* 'argrpo\[judges\]'"):
+        make_reward(config, torch.device("cpu"), None)
