@@ -22,7 +22,7 @@ from argrpo.eval_c2i_config import C2iConfig, resolved
 from argrpo.evaluation.class_measures import ClassMeasures, extractors_of
 from argrpo.evaluation.features import FeatureExtractor
 from argrpo.evaluation.image_models import load_models
-from argrpo.evaluation.image_set import ImageSet
+from argrpo.evaluation.image_set import ImageSet, NetworkLook
 from argrpo.evaluation.image_source import DrawPlan, ImageSource
 from argrpo.evaluation.sample_files import LABELS
 from argrpo.evaluation.sharing import own_share
@@ -72,7 +72,7 @@ def evaluate_classes(config: C2iConfig, report: Report = unreported) -> C2iResul
     config = resolved(config)
     device = choose_device(config.device)
     extractors = extractors_of(config, device)
-    networks = list(extractors.values())
+    looks = [NetworkLook(extractor) for extractor in extractors.values()]
     share = own_share(config.shard, config.num_shards)
     # Looked at before the work of hours, by one of the processes.
     measures = ClassMeasures(config, extractors, device) if share.index == 0 else None
@@ -81,9 +81,9 @@ def evaluate_classes(config: C2iConfig, report: Report = unreported) -> C2iResul
         jobs.append(job)
         params = config.sampling_params(job.guidance_scale)
         stage = partial(report, f"{job.policy}, guidance {job.guidance_scale:g}")
-        job.images.make(partial(source.draw, params=params), networks, share, stage)
+        job.images.make(partial(source.draw, params=params), looks, share, stage)
     meet("eval c2i: images are drawn")
-    if not is_first() or any(job.images.missing(networks) for job in jobs):
+    if not is_first() or any(job.images.missing(looks) for job in jobs):
         return None
     if measures is None:
         measures = ClassMeasures(config, extractors, device)

@@ -1,15 +1,21 @@
 """`argrpo eval c2i` and `argrpo eval t2i`: from words to what is printed."""
 
 import dataclasses
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from argrpo.config_files import parse_config
 from argrpo.eval_c2i import evaluate_classes
 from argrpo.eval_c2i_config import C2iConfig, resolved
-from argrpo.evaluation_tables import tell_c2i, wide_console
+from argrpo.eval_t2i import evaluate_texts
+from argrpo.eval_t2i_config import T2iConfig
+from argrpo.evaluation_tables import tell_c2i, tell_t2i, tell_unfinished, wide_console
 from argrpo.process_group import process_group
 from argrpo.progress import stage_progress, unreported
 from argrpo.ranks import is_first
+from argrpo.side_by_side import write_side_by_side
 
 _USAGE = """usage: argrpo eval c2i | t2i [--setting value ...]
 
@@ -17,7 +23,8 @@ _USAGE = """usage: argrpo eval c2i | t2i [--setting value ...]
   t2i      images of prompts: GenEval's and DrawBench's folders, judges, wins, side by side
 
 `argrpo eval c2i --help` lists the settings of one."""
-_LISTS = {"--labels": None, "--names": None, "--compare": None, "--guidance_scales": None}
+_C2I_LISTS = {"--labels": None, "--names": None, "--compare": None, "--guidance_scales": None}
+_T2I_LISTS = {"--judges": "name", "--compare": None, "--data.classes": None}
 
 Prepare = Callable[[object, str | None], None]
 """Trains the embedded models where a config names one."""
@@ -37,7 +44,7 @@ def run_evaluation(
         ValueError, FileNotFoundError: a setting or an input that does not fit.
         SystemExit: help was asked for and printed.
     """
-    commands = {"c2i": _c2i}
+    commands = {"c2i": _c2i, "t2i": _t2i}
     kind = arguments[0] if arguments else ""
     if kind in ("-h", "--help"):
         wide_console().out(_USAGE, highlight=False)
@@ -49,7 +56,7 @@ def run_evaluation(
 
 
 def _c2i(arguments: list[str], cache_dir: Callable[[str | None], str], prepare: Prepare) -> None:
-    config = parse_config(C2iConfig, arguments, command="argrpo eval c2i", lists=_LISTS)
+    config = parse_config(C2iConfig, arguments, command="argrpo eval c2i", lists=_C2I_LISTS)
     config = dataclasses.replace(config, cache_dir=cache_dir(config.cache_dir))
     prepare(resolved(config), config.cache_dir)
     console = wide_console()
@@ -58,5 +65,21 @@ def _c2i(arguments: list[str], cache_dir: Callable[[str | None], str], prepare: 
     if results is not None:
         tell_c2i(results, console)
     elif is_first():
-        said = f"{config.output_dir}: shard {config.shard} of {config.num_shards} is drawn; "
-        console.out(f"{said}the one that finishes last measures", highlight=False)
+        tell_unfinished(config, console)
+
+
+def _t2i(arguments: list[str], cache_dir: Callable[[str | None], str], prepare: Prepare) -> None:
+    config = parse_config(T2iConfig, arguments, command="argrpo eval t2i", lists=_T2I_LISTS)
+    config = dataclasses.replace(config, cache_dir=cache_dir(config.cache_dir))
+    prepare(config, config.cache_dir)
+    # A judge of your own may lie where the command was started; last on the path, so that no file
+    # there hides an installed package.
+    sys.path.append(os.getcwd())
+    console = wide_console()
+    with stage_progress(console) as report:
+        results = evaluate_texts(config, report if is_first() else unreported)
+    if results is not None:
+        page = write_side_by_side(results, Path(config.output_dir), config.page_prompts)
+        tell_t2i(results, page, console)
+    elif is_first():
+        tell_unfinished(config, console)

@@ -2,11 +2,14 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from argrpo.eval_c2i import C2iResults
+from argrpo.eval_t2i import T2iResults
+from argrpo.images_config import ImagesConfig
 
 _WIDTH = 160  # columns where the output is no terminal, so that no table is folded
 # Short heads of columns, by metric.
@@ -52,6 +55,37 @@ def tell_c2i(results: C2iResults, console: Console) -> None:
         words = f"{name}: best {best_by} {row[best_by]:.4g} at guidance {row['guidance_scale']:g}"
         console.print(words, highlight=False, soft_wrap=True)
     console.out(json.dumps(asdict(results)), highlight=False)
+
+
+def tell_t2i(results: T2iResults, page: Path, console: Console) -> None:
+    """Print settings, a table and, as the last line, everything as JSON."""
+    settings = results.settings
+    for line in (
+        f"{len(results.prompts):,} prompts, {settings['num_images_per_prompt']} images each, "
+        f"guidance {settings['guidance_scale']:g}, seed {settings['seed']}, temperature "
+        f"{settings['temperature']:g}, top_k {settings['top_k']}, top_p {settings['top_p']:g}, "
+        f"pixels {settings['pixels']}, batch {settings['batch']}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    table = Table()
+    table.add_column("")
+    for each in results.policies:
+        table.add_column(each.name, justify="right")
+    for name in dict.fromkeys(name for each in results.policies for name in each.metrics):
+        cells = [each.metrics.get(name) for each in results.policies]
+        table.add_row(name.replace("/", " ").replace("_", " "), *map(_cell, cells))
+    console.print(table)
+    for each in results.policies:
+        console.out(f"{each.name}: {each.folders.folder}", highlight=False)
+    console.out(f"look at {page}", highlight=False)
+    record = {"settings": settings, "rows": results.rows()}
+    console.out(json.dumps(record), highlight=False)
+
+
+def tell_unfinished(config: ImagesConfig, console: Console) -> None:
+    """Print that other processes still draw."""
+    said = f"{config.output_dir}: shard {config.shard} of {config.num_shards} is done; "
+    console.out(f"{said}the process that finishes last measures", highlight=False)
 
 
 def _cell(value: object) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from argrpo.eval_c2i_config import C2iConfig
 from argrpo.evaluation.diversity import distance_within, has_pairs
 from argrpo.evaluation.features import FeatureExtractor, Views, load_extractor
-from argrpo.evaluation.image_set import ImageSet
+from argrpo.evaluation.image_set import ImageSet, NetworkLook
 from argrpo.evaluation.inception_score import NUM_SPLITS, inception_score
 from argrpo.evaluation.set_measures import SetMeasures
 from argrpo.model_paths import blamed_on, resolve_path
@@ -84,7 +84,7 @@ class ClassMeasures:
         """
         found: dict[str, float] = {}
         for prefix, measures in self._measures.items():
-            views = images.views(self._extractors[prefix])
+            views = Views(**images.seen(NetworkLook(self._extractors[prefix])))
             said = measures.measure(views.features)
             if not prefix:
                 said |= self._of_classifier(measures, views, labels)

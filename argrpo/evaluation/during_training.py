@@ -25,17 +25,14 @@ from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.evaluation.diversity import distance_within, has_pairs, thumbnails
 from argrpo.evaluation.features import load_extractor
+from argrpo.evaluation.judge_panel import make_panel, scores_of, win_rate
 from argrpo.evaluation.set_measures import SetMeasures
 from argrpo.model_paths import blamed_on, named_within, resolve_path
 from argrpo.models.vq import VQTokenizer
 from argrpo.pixels import seen_by_judges
 from argrpo.ranks import gather_images, num_ranks, own_rank
-from argrpo.reward_config import RewardConfig
 from argrpo.rewards.background_loop import BackgroundLoop
-from argrpo.rewards.lanes import Judge
-from argrpo.rewards.pool import Asking, Scoring
-from argrpo.rewards.protocols import DistributionReward
-from argrpo.rewards.registry import make_reward
+from argrpo.rewards.pool import Asking
 
 
 class _View(NamedTuple):
@@ -80,15 +77,9 @@ class Evaluation:
         self._views = _views(settings.guidance_scales, config.rollout)
         # Building a network draws random weights before those of its file come.
         with _own_randomness(device):
-            self._judges = [_judge(judge, device, config.cache_dir) for judge in settings.judges]
+            self._judges = make_panel(settings.judges, "eval.judges", device, config.cache_dir)
             self._measures = _set_measures(config, device)
         self._asking = Asking(BackgroundLoop(), config.judging.deadline_s)
-        names = [judge.name for judge in self._judges]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                "eval.judges: expected each judge to be logged under a name of its own, got "
-                f"{', '.join(names)}; give one the option name, or take it out"
-            )
         self._base: list[Tensor] = []  # scores [M, J] of each view, of the first call
         best = settings.best_metric
         if best is not None and best not in self.names:
@@ -163,7 +154,8 @@ class Evaluation:
             part = rollout.token_ids[start : start + count]
             images = tokenizer.decode(part, decode_batch=settings.decode_batch)
             seen = seen_by_judges(images, settings.pixels)
-            scores.append(self._score(seen, prompts[start : start + count]))
+            part_prompts = prompts[start : start + count]
+            scores.append(scores_of(self._judges, seen, part_prompts, self._asking, "eval.judges"))
             pixels.append(thumbnails(seen))
             if self._measures is not None:
                 features.append(self._measures.features(seen))
@@ -183,15 +175,6 @@ class Evaluation:
         found["pairwise_pixels"] = look.pixels
         return {name: distance_within(rows, self._groups) for name, rows in found.items()}
 
-    def _score(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
-        scoring = Scoring(self._judges, prompts, self._asking)
-        scoring.add(images)
-        try:
-            columns = [outcome.answer.scores for outcome in scoring.finish()]
-        except ValueError as error:
-            raise ValueError(str(error).replace("rewards.", "eval.judges.", 1)) from error
-        return torch.stack(columns, dim=1) if columns else torch.empty(len(prompts), 0)
-
     def _judged(self, scores: Tensor, base: Tensor) -> dict[str, float]:
         found: dict[str, float] = {}
         for judge, column, before in zip(
@@ -202,21 +185,6 @@ class Evaluation:
             found[f"{judge.name}/std"] = scored.std().item() if len(scored) > 1 else 0.0
             found[f"{judge.name}/win_rate"] = win_rate(column, before)
         return found
-
-
-def win_rate(scores: Tensor, base: Tensor) -> float:
-    """How often a score is above that of the base, from 0 to 1.
-
-    Args:
-        scores: [M], NaN = not scored.
-        base: [M], of the same seeds and conditions.
-
-    Returns:
-        A tie counts half; pairs with a score that is not finite do not count. NaN without a pair.
-    """
-    counted = scores.isfinite() & base.isfinite()
-    wins = (scores > base).double() + 0.5 * (scores == base).double()
-    return wins[counted].mean().item()
 
 
 def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
@@ -240,20 +208,6 @@ def _views(scales: list[float], drawn: SamplingParams) -> list[_View]:
         params = replace(drawn, guidance_scale=scale)
         views.append(_View(f"eval/guidance_{scale:g}/", params))
     return views
-
-
-def _judge(config: RewardConfig, device: torch.device, cache_dir: str | None) -> Judge:
-    try:
-        judge = make_reward(config, device, cache_dir)
-    except (ValueError, FileNotFoundError) as error:
-        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
-        raise kind(str(error).replace("rewards.", "eval.judges.", 1)) from error
-    if isinstance(judge, DistributionReward):
-        raise ValueError(
-            f"eval.judges: expected judges that score images one by one, got {judge.name}; "
-            "eval.features_path and eval.reference measure distances between sets"
-        )
-    return judge
 
 
 def _set_measures(config: TrainConfig, device: torch.device) -> SetMeasures | None:

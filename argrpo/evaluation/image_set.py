@@ -7,7 +7,7 @@ interrupted goes on where it stopped.
 
     settings.json                 what the images depend on; another set is refused
     batches/000012.safetensors    pixels and entropies of a batch, until all are there
-    views/NAME/000012.safetensors what the network NAME says of them
+    views/NAME/000012.safetensors what the network or the judges NAME say of them
     samples.npz                   all images, for us and for ADM's evaluator
 
 Shapes: N images, n of a batch.
@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from argrpo.evaluation.features import FeatureExtractor, Views
-from argrpo.evaluation.reference_moments import join_views
 from argrpo.evaluation.sample_files import read_samples, write_samples
 from argrpo.evaluation.sharing import Share
 from argrpo.run_folder import write_atomically
@@ -41,6 +40,35 @@ class DrawnBatch:
 
     pixels: Tensor  # [n, H, W, 3] uint8
     entropies: Tensor  # [n] fp32, nats a token, of the distribution drawn from
+
+
+class Look(Protocol):
+    """Something that has to be known of each image."""
+
+    @property
+    def name(self) -> str:
+        """Equal names see alike."""
+        ...
+
+    def __call__(self, rows: range, images: Tensor) -> dict[str, Tensor]:
+        """The images of some rows, [n, 3, H, W] fp32 in [0, 1] -> tensors of n rows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkLook:
+    """All that a network says of images."""
+
+    extractor: FeatureExtractor
+
+    @property
+    def name(self) -> str:
+        return self.extractor.name
+
+    def __call__(self, rows: range, images: Tensor) -> dict[str, Tensor]:
+        views = self.extractor.views(images)
+        found = {field.name: getattr(views, field.name) for field in fields(Views)}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class ImageSet:
@@ -76,20 +104,20 @@ class ImageSet:
         """The images of a batch."""
         return range(place * self._batch, min((place + 1) * self._batch, self.num_images))
 
-    def missing(self, extractors: Sequence[FeatureExtractor] = ()) -> list[int]:
-        """Batches that are not drawn yet, or that one of the networks has not seen."""
+    def missing(self, looks: Sequence[Look] = ()) -> list[int]:
+        """Batches that are not drawn yet, or not looked at by all that should."""
         is_finished = self.samples_path.is_file()
         return [
             place
             for place in range(self.num_batches)
             if not (is_finished or self._batch_path(place).is_file())
-            or not all(self._views_path(each, place).is_file() for each in extractors)
+            or not all(self._views_path(look, place).is_file() for look in looks)
         ]
 
     def make(
         self,
         draw: Callable[[range], DrawnBatch],
-        extractors: Sequence[FeatureExtractor],
+        looks: Sequence[Look],
         share: Share,
         progress: Callable[[int, int], None],
     ) -> None:
@@ -97,31 +125,30 @@ class ImageSet:
 
         Args:
             draw: makes the images of some rows.
-            extractors: look at them.
+            looks: at each of them.
             share: which batches are this process's own.
             progress: told (batches done, batches to do).
         """
-        places = share.of(self.missing(extractors))
+        places = share.of(self.missing(looks))
         for done, place in enumerate(places, start=1):
             if not (self.samples_path.is_file() or self._batch_path(place).is_file()):
                 drawn = draw(self.rows(place))
                 tensors = {"pixels": drawn.pixels.contiguous(), _ENTROPIES: drawn.entropies}
                 _save(self._batch_path(place), tensors)
-            for extractor in extractors:
-                self._look(extractor, {place})
+            for look in looks:
+                self._look(look, {place})
             progress(done, len(places))
 
-    def _look(self, extractor: FeatureExtractor, places: set[int]) -> None:
-        """Let a network look at those of the batches that it has not seen yet."""
-        unseen = {p for p in places if not self._views_path(extractor, p).is_file()}
+    def _look(self, look: Look, places: set[int]) -> None:
+        """Look at those of the batches that were not looked at yet."""
+        unseen = {place for place in places if not self._views_path(look, place).is_file()}
         if not unseen:
             return
         for place, pixels in self._pixels(unseen):
             images = pixels.permute(0, 3, 1, 2).float() / 255.0
-            views = extractor.views(images)
-            found = {f.name: getattr(views, f.name) for f in fields(views)}
-            tensors = {k: v.cpu().contiguous() for k, v in found.items() if v is not None}
-            _save(self._views_path(extractor, place), tensors)
+            found = look(self.rows(place), images)
+            tensors = {name: value.cpu().contiguous() for name, value in found.items()}
+            _save(self._views_path(look, place), tensors)
 
     def finish(self, others: Mapping[str, np.ndarray]) -> None:
         """Put all batches into samples.npz, with arrays beside them; nothing if that is done.
@@ -141,11 +168,12 @@ class ImageSet:
         everything = {**others, _ENTROPIES: torch.cat(entropies).numpy()}
         write_samples(self.samples_path, parts, self.num_images, everything)
 
-    def views(self, extractor: FeatureExtractor) -> Views:
-        """All that a network says of all images, on the CPU."""
+    def seen(self, look: Look) -> dict[str, Tensor]:
+        """What was seen of all images, in order, on the CPU."""
         batches = range(self.num_batches)
-        self._look(extractor, set(batches))
-        return join_views([Views(**load_file(self._views_path(extractor, p))) for p in batches])
+        self._look(look, set(batches))
+        parts = [load_file(self._views_path(look, place)) for place in batches]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def entropies(self) -> Tensor:
         """[N] fp32, of a set that is finished."""
@@ -168,8 +196,8 @@ class ImageSet:
     def _batch_path(self, place: int) -> Path:
         return self.folder / "batches" / f"{place:06d}.safetensors"
 
-    def _views_path(self, extractor: FeatureExtractor, place: int) -> Path:
-        return self.folder / "views" / extractor.name / f"{place:06d}.safetensors"
+    def _views_path(self, look: Look, place: int) -> Path:
+        return self.folder / "views" / look.name / f"{place:06d}.safetensors"
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ moments of all images of a dataset, and some thousands of the images.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -80,13 +80,13 @@ def reference_views(
     Arguments and errors as of `reference_moments`.
     """
     parts = _parts(source, image_size, batch, report)
-    return None if parts is None else join_views([extractor.views(part) for part in parts])
-
-
-def join_views(parts: Sequence[Views]) -> Views:
-    """Views of all images of several parts, in order, on the CPU; at least one part."""
-    names = [field.name for field in fields(Views) if getattr(parts[0], field.name) is not None]
-    return Views(**{name: torch.cat([getattr(p, name).cpu() for p in parts]) for name in names})
+    if parts is None:
+        return None
+    seen = [extractor.views(part) for part in parts]
+    names = [field.name for field in fields(Views) if getattr(seen[0], field.name) is not None]
+    return Views(
+        **{name: torch.cat([getattr(view, name).cpu() for view in seen]) for name in names}
+    )
 
 
 def check_same_space(features: Tensor, moments: Moments, source: str) -> None:

@@ -24,7 +24,8 @@ from argrpo.digits.judges import DigitJudge, load_judge, save_judge
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.eval_config import EvalConfig
-from argrpo.evaluation.during_training import evaluation_seed, spread, win_rate
+from argrpo.evaluation.during_training import evaluation_seed, spread
+from argrpo.evaluation.judge_panel import win_rate
 from argrpo.evaluation.moment_files import save_moments
 from argrpo.evaluation.moments import moments_of
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
