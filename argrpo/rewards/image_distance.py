@@ -112,8 +112,13 @@ class LpipsReward:
 
 
 def _network(net: str, backbone: str, place: str) -> Any:
-    import lpips
-
+    try:
+        import lpips
+    except ImportError as error:
+        raise ValueError(
+            f"{place}: expected the package lpips, got none that can be imported ({error}); "
+            "pip install 'argrpo[iqa]'"
+        ) from error
     # pnet_rand keeps torchvision from downloading; the channels' weights come with the package.
     network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     found = read_checkpoint(backbone).weights

@@ -52,9 +52,14 @@ def build_metric(
         ValueError: no such metric, it cannot be built so, or the file is not its.
         FileNotFoundError: a file is missing.
     """
-    from pyiqa.default_model_configs import DEFAULT_CONFIGS
-    from pyiqa.utils import get_root_logger
-
+    try:
+        from pyiqa.default_model_configs import DEFAULT_CONFIGS
+        from pyiqa.utils import get_root_logger
+    except ImportError as error:
+        raise ValueError(
+            f"metric: expected the package pyiqa for {metric}, got none that can be imported "
+            f"({error}); pip install 'argrpo[iqa]'"
+        ) from error
     if metric not in DEFAULT_CONFIGS or _is_of_sets(metric):
         raise ValueError(
             f"metric: expected one of pyiqa for single images, got {metric!r}; they are "

@@ -1,6 +1,7 @@
 """Metrics of pyiqa from local files: their own numbers, and no download, code or half a network."""
 
 import pickle
+import sys
 
 import pytest
 import torch
@@ -83,6 +84,16 @@ def test_what_would_be_downloaded_is_named_with_its_place_and_address() -> None:
 def test_a_metric_that_scores_no_single_image_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"iqa:{name}\.options\.metric: expected one of pyiqa"):
         _make(f"iqa:{name}")
+
+
+def test_a_package_that_is_not_there_is_named_with_the_extra(cnniqa, tmp_path, monkeypatch) -> None:
+    for name in ("pyiqa.default_model_configs", "lpips"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it now raises ImportError
+    with pytest.raises(ValueError, match=r"package pyiqa .*pip install 'argrpo\[iqa\]'"):
+        _make("iqa:psnr")
+    (tmp_path / "vgg.pth").touch()
+    with pytest.raises(ValueError, match=r"package lpips.*pip install 'argrpo\[iqa\]'"):
+        _make("lpips", backbone=str(tmp_path / "vgg.pth"))
 
 
 class _Code:

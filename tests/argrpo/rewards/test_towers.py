@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from argrpo.config import PolicyConfig, RewardConfig, TokenizerConfig, TrainConfig
 from argrpo.data import Prompt
 from argrpo.rewards.aesthetic import AestheticReward
 from argrpo.rewards.clip import ClipReward, Hpsv2Reward, PickScoreReward
+from argrpo.rewards.scoring import Judges
 from argrpo.rewards.sharing import SharedNetworks
 
 _CPU = torch.device("cpu")
@@ -160,3 +162,27 @@ def test_a_folder_without_its_files_is_named(clip_folder, tmp_path) -> None:
     save_file(kept, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"without text_projection"):
         ClipReward(str(tmp_path), tokenizer=str(folder), device=_CPU)
+
+
+def test_a_run_embeds_an_image_once_for_a_judge_and_its_steps(tower_files) -> None:
+    options = {"model": "argrpo-tiny", "pretrained": tower_files[0], "reward_batch": 4}
+    steps = {"thresholds": [0.0], "values": [-1.0, 1.0]}
+    config = TrainConfig(
+        output_dir="unused",
+        policy=PolicyConfig(path="unused"),
+        tokenizer=TokenizerConfig(path="unused"),
+        rewards=[
+            RewardConfig(name="quantize(clip)", options={**options, **steps}),
+            RewardConfig(name="clip", options=options),
+        ],
+        monitors=[RewardConfig(name="clip", options={**options, "name": "watched"})],
+    )
+    judges = Judges(config, _CPU)
+    seen: list[int] = []
+    tower = judges._rewards[1]._tower._network.module
+    tower.visual.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    scores = judges.score(torch.rand(6, 3, 32, 32), _prompts(*"abcabc"), with_monitors=True)
+    judges.close()
+    assert seen == [4, 2]
+    assert torch.equal(scores.values[:, 0], scores.values[:, 1].sign())
+    assert torch.equal(scores.monitored[:, 0], scores.values[:, 1])
