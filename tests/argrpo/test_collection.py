@@ -136,6 +136,20 @@ def test_overlap_changes_the_time_of_a_step_and_nothing_else(models: Path, tmp_p
     assert metrics[1]["rewards/stretched/batch"] == 5
 
 
+@pytest.mark.gpu
+def test_overlap_on_a_gpu_changes_no_score(models: Path, tmp_path: Path) -> None:
+    config = _config(models, _own("Stretched"), _own("later"), _own("telling", weight=0.01))
+    kept = []
+    for overlap in (True, False):
+        judging = JudgingConfig(overlap=overlap)
+        chosen = replace(config, judging=judging, device="cuda", num_steps=1)
+        _, rows = _run(chosen, tmp_path / str(overlap))
+        kept.append({k: v for k, v in rows[0].items() if k.endswith(("/mean", "/std"))})
+    # Of the first step alone: sums of gradients may come in another order.
+    scores = [{k: v for k, v in row.items() if k.startswith("rewards/")} for row in kept]
+    assert scores[0] == scores[1] and len(scores[0]) >= 6
+
+
 def test_every_step_says_what_its_images_are_like_and_what_judges_took(
     models: Path, tmp_path: Path
 ) -> None:

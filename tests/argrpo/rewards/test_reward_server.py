@@ -1,18 +1,29 @@
 """A judge behind HTTP: whatever its server does, there is a score that it gave, or none."""
 
 import asyncio
+import shutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import httpx
+import PIL
 import pytest
 import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
-from argrpo.rewards.json_client import Connection, retry_after
+from argrpo.rewards import serving
+from argrpo.rewards.image_transfer import from_png_base64
+from argrpo.rewards.json_client import Connection, JsonClient, retry_after
 from argrpo.rewards.protocols import Answer
 from argrpo.rewards.reward_server import DeqaReward, GenevalReward, ServerReward
+from argrpo.rewards.serving import make_server, of_judge
 
 Start = Callable[[Callable[[Any], None]], str]
 
@@ -41,8 +52,6 @@ def _expect_none(answer: Answer, problem: str, *, retries: int) -> None:
 
 
 def test_scores_come_back_and_images_arrive_to_the_bit(scripted_server: Start) -> None:
-    from argrpo.rewards.image_transfer import from_png_base64
-
     seen = []
 
     def script(exchange: Any) -> None:
@@ -61,8 +70,6 @@ def test_scores_come_back_and_images_arrive_to_the_bit(scripted_server: Start) -
 
 def test_a_server_that_refuses_is_tried_again_and_then_given_up() -> None:
     # A port that was free a moment ago, and that nobody listens at.
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -269,8 +276,6 @@ def test_files_that_are_not_there_or_no_metadata_are_named(tmp_path: Any) -> Non
 
 
 def test_waits_before_retries_double_and_never_fall_together() -> None:
-    from argrpo.rewards.json_client import JsonClient
-
     client = JsonClient("http://127.0.0.1:1", Connection(backoff_s=1.0), place="rewards.x")
     first = [client._backoff(0) for _ in range(200)]
     assert 0.5 <= min(first) < 0.6 and 0.9 < max(first) <= 1.0
@@ -279,10 +284,6 @@ def test_waits_before_retries_double_and_never_fall_together() -> None:
 
 
 def _served(judge: Callable[[Tensor, list[Prompt]], Tensor]) -> Any:
-    from threading import Thread
-
-    from argrpo.rewards.serving import make_server, of_judge
-
     server = make_server(of_judge(judge), port=0)
     server.daemon_threads = True
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -311,8 +312,6 @@ def test_a_judge_that_is_served_says_the_same_as_here() -> None:
 
 
 def test_a_served_judge_that_raises_or_is_asked_nonsense_says_so() -> None:
-    import httpx
-
     def broken(images: Tensor, prompts: list[Prompt]) -> Tensor:
         raise RuntimeError("no GPU left")
 
@@ -331,3 +330,37 @@ def test_a_served_judge_that_raises_or_is_asked_nonsense_says_so() -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_the_server_stands_alone_and_serves_a_function_of_a_file(tmp_path: Any) -> None:
+    (tmp_path / "my_judge.py").write_text(
+        "def score(images, prompts, metadata):\n"
+        "    return [i.getpixel((0, 0))[0] / 255 if m['count'] else None\n"
+        "            for i, m in zip(images, metadata)]\n"
+    )
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"prompt": "a cat", "count": 1}\n{"prompt": "a dog", "count": 0}\n'
+    )
+    alone = shutil.copy(Path(serving.__file__), tmp_path / "server_of_mine.py")
+    # Without argrpo: -I leaves out what is installed here, and Pillow's folder comes back alone.
+    code = (
+        f"import sys; sys.path[:0] = [{str(Path(PIL.__file__).parents[1])!r}]; "
+        "sys.modules['argrpo'] = sys.modules['torch'] = None; "
+        f"sys.argv = ['x', 'my_judge:score', '--port', '0']; "
+        f"exec(compile(open({str(alone)!r}).read(), 'server', 'exec'))"
+    )
+    command = [sys.executable, "-I", "-c", code]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            line = process.stderr.readline()
+            assert "listening at http://127.0.0.1:" in line, line + process.stderr.read()
+            judge = ServerReward(
+                line.split("listening at ")[1].strip(),
+                metadata=str(tmp_path / "metadata.jsonl"),
+                connection={**_QUICK, "timeout_s": 10},
+            )
+            answer = asyncio.run(judge.ask(torch.ones(2, 3, 4, 4), _PROMPTS[:2]))
+        finally:
+            process.terminate()
+    assert answer.scores[0] == 1.0 and answer.scores[1].isnan()
