@@ -126,13 +126,13 @@ def _decisions() -> Iterator[Finding]:
         yield Finding(section, "device", "cuda: a GPU was found")
         yield Finding(section, "kernels", "Triton, compiled for this GPU at first use")
         yield Finding(section, "dtype", "--policy.dtype bfloat16 is the fast one here")
+        yield Finding(section, "engine", "decode steps replayed as CUDA graphs over a paged cache")
     else:
         yield Finding(section, "device", "cpu: no CUDA GPU was found")
         yield Finding(section, "kernels", "plain PyTorch references: Triton needs a GPU")
         yield Finding(section, "dtype", _cpu_dtype())
-    yield Finding(
-        section, "engine", "plain PyTorch, lockstep waves; the CUDA-graph engine is to come"
-    )
+        waves = "plain PyTorch in lockstep waves; over pages for a taming policy"
+        yield Finding(section, "engine", waves)
 
 
 def _cpu_dtype() -> str:

@@ -16,7 +16,8 @@ class ImagesConfig:
     """LlamaGen VQ .pt file, AR-GRPO folder, argrpo folder, or digits:tokenizer."""
 
     policy: str | None = None
-    """LlamaGen .pt file, AR-GRPO folder, argrpo folder such as a checkpoint, or digits:policy."""
+    """LlamaGen .pt file, AR-GRPO folder, argrpo folder (a checkpoint, or what argrpo convert wrote),
+    or digits:policy."""
 
     compare: list[str] = field(default_factory=list)
     """Policies to evaluate side by side instead, as --compare base.pt runs/x/checkpoints/best; the

@@ -12,7 +12,8 @@ class PolicyConfig:
     """Which model is tuned."""
 
     path: str
-    """LlamaGen .pt file, AR-GRPO folder or argrpo folder; digits:policy is the embedded one."""
+    """LlamaGen .pt file, AR-GRPO folder, argrpo folder (a checkpoint, or what argrpo convert wrote);
+    digits:policy is the embedded one."""
 
     image_size: int | None = None
     """Pixels a side; required where the file does not say, refused where it says otherwise."""

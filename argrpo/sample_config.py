@@ -13,7 +13,8 @@ class SampleConfig:
     """Draw images from a policy."""
 
     policy: str
-    """LlamaGen .pt file, AR-GRPO folder, argrpo folder such as a checkpoint, or digits:policy."""
+    """LlamaGen .pt file, AR-GRPO folder, argrpo folder (a checkpoint, or what argrpo convert wrote),
+    or digits:policy."""
 
     tokenizer: str
     """LlamaGen VQ .pt file, AR-GRPO folder, argrpo folder, or digits:tokenizer."""

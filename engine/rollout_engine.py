@@ -101,8 +101,7 @@ class RolloutEngine:
             paged = policy.head_weight.is_cuda or not collapses
         if not paged and not collapses:
             raise ValueError(
-                "paged: expected True or None for a policy whose prefix has a rotary embedding, "
-                "got False"
+                "paged: expected True or None for a policy whose prefix is kept as keys, got False"
             )
         self._running: Generator[Rollout, None, None] | None = None
         self._runner: Runner

@@ -85,6 +85,20 @@ def test_what_is_drawn_by_the_published_filters_is_scored_as_it_was_drawn(
     assert (rollout.logprobs > whole + 1e-3).float().mean() > 0.9, "the filters keep less than all"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_a_captured_step_draws_what_it_scores(dtype: torch.dtype, policy: Taming) -> None:
+    moved, labels = copy.deepcopy(policy).to("cuda", dtype), torch.arange(12) % 10
+    rollout = RolloutEngine(moved, max_slots=8).draw(
+        labels, PUBLISHED_SAMPLING, seed=3, support=True
+    )
+    again = moved.logprobs(labels.cuda(), rollout.token_ids, PUBLISHED_SAMPLING, rollout.support)
+    # Logits of a few units: fp32 sums in another order; bf16 rounds to 2^-8 of its size, layer by
+    # layer, and both ways of attending differ by as much.
+    bound = {torch.float32: 1e-3, torch.bfloat16: 0.5}[dtype]
+    torch.testing.assert_close(again, rollout.logprobs, atol=bound, rtol=0)
+
+
 def test_slots_refilled_in_cohorts_draw_what_one_wave_draws(policy: Taming) -> None:
     labels = torch.arange(30) % 10
     # Keys and values of 16 positions in 2 layers, 2 heads of 16 numbers: 8 KiB a page, 3 an image.

@@ -18,7 +18,9 @@ from argrpo.engine.conditions import TextFeatures
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+from argrpo.models.taming import Taming, TamingConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LABELS = torch.tensor([0, 3, 3, 1])
@@ -27,10 +29,16 @@ PARAMS = {
     "filtered": SamplingParams(guidance_scale=2.0, top_k=40, top_p=0.9),
     "interval": SamplingParams(guidance_scale=2.0, guidance_interval=10),
 }
+TAMING_SIZES = {
+    **{"dim": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 96},
+    **{"image_size": 64, "num_classes": 4, "num_positions": 16},
+}
 
 
-def model(dtype: torch.dtype, model_type: str = "c2i") -> LlamaGen:
+def model(dtype: torch.dtype, model_type: str = "c2i") -> ImagePolicy:
     """One layer, 25 tokens (2 pages of 16), 96 codes."""
+    if model_type == "taming":
+        return uneven(Taming(TamingConfig(**TAMING_SIZES)), dtype)
     text = {"model_type": "t2i", "caption_dim": 8, "prefix_len": 6} if model_type == "t2i" else {}
     config = LlamaGenConfig(
         dim=64,
@@ -42,13 +50,20 @@ def model(dtype: torch.dtype, model_type: str = "c2i") -> LlamaGen:
         num_classes=4,
         **text,
     )
-    policy = LlamaGen(config).requires_grad_(False)
-    for parameter in policy.parameters():
+    return uneven(LlamaGen(config), dtype)
+
+
+def uneven(policy: LlamaGen | Taming, dtype: torch.dtype) -> ImagePolicy:
+    for parameter in policy.requires_grad_(False).parameters():
         parameter.mul_(6.0)  # from 0.02 to 0.12, which makes attention and logits uneven
+    if isinstance(policy, Taming):
+        policy.pos_emb.normal_(std=0.1)  # zeros until they are learned
     return policy.to(device=DEVICE, dtype=dtype)
 
 
-def drawn(policy: LlamaGen, conditions: Tensor | TextFeatures, params: SamplingParams) -> Rollout:
+def drawn(
+    policy: ImagePolicy, conditions: Tensor | TextFeatures, params: SamplingParams
+) -> Rollout:
     engine = RolloutEngine(policy, max_slots=4, page_size=16, paged=True)
     rollout = engine.draw(
         conditions,
@@ -101,6 +116,16 @@ def test_text_prompts_of_mixed_lengths_are_collapsed_alike(
     got = drawn(policy, conditions, PARAMS["interval"])
     use_references(monkeypatch)
     assert_same_draw(got, drawn(policy, conditions, PARAMS["interval"]))
+
+
+def test_a_policy_with_learned_places_and_ordinary_prefix_keys_is_drawn_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """16 tokens after a class are 17 entries: two pages."""
+    policy, params = model(torch.float32, "taming"), SamplingParams(top_k=40, top_p=0.9)
+    got = drawn(policy, LABELS, params)
+    use_references(monkeypatch)
+    assert_same_draw(got, drawn(policy, LABELS, params))
 
 
 class _NoHostReads(TorchDispatchMode):
