@@ -16,7 +16,7 @@ class ImagesConfig:
     """LlamaGen VQ .pt file, AR-GRPO folder, argrpo folder, or digits:tokenizer."""
 
     policy: str | None = None
-    """LlamaGen .pt file, AR-GRPO folder, argrpo folder (a checkpoint, or what argrpo convert wrote),
+    """LlamaGen .pt file, AR-GRPO folder, argrpo folder (a checkpoint, or of argrpo convert),
     or digits:policy."""
 
     compare: list[str] = field(default_factory=list)

@@ -12,7 +12,7 @@ class PolicyConfig:
     """Which model is tuned."""
 
     path: str
-    """LlamaGen .pt file, AR-GRPO folder, argrpo folder (a checkpoint, or what argrpo convert wrote);
+    """LlamaGen .pt file, AR-GRPO folder, argrpo folder (a checkpoint, or of argrpo convert);
     digits:policy is the embedded one."""
 
     image_size: int | None = None

@@ -13,7 +13,7 @@ class SampleConfig:
     """Draw images from a policy."""
 
     policy: str
-    """LlamaGen .pt file, AR-GRPO folder, argrpo folder (a checkpoint, or what argrpo convert wrote),
+    """LlamaGen .pt file, AR-GRPO folder, argrpo folder (a checkpoint, or of argrpo convert),
     or digits:policy."""
 
     tokenizer: str
