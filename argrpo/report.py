@@ -182,9 +182,27 @@ def _charts(record: RunRecord) -> str:
             _chart_from_zero(record, ["frac_reward_zero_std"]),
         ),
         ("Learning rate", _chart_from_zero(record, ["learning_rate"])),
+        *_image_charts(record),
+        ("Images that a judge failed to score", _chart_from_zero(record, _failing(record))),
     ]
     cards = [card(f"<h3>{title}</h3>{chart}") for title, chart in charts if chart]
     return f'<div class="charts">{"".join(cards)}</div>' if cards else ""
+
+
+def _image_charts(record: RunRecord) -> list[tuple[str, str]]:
+    """What shows first that a judge is being gamed."""
+    titles = {
+        "Images: saturation and edges, share": ["images/saturation", "images/edge_density"],
+        "Images: entropy of colours, bits": ["images/colour_entropy"],
+        "Images: distinct tokens of one": ["images/distinct_tokens"],
+    }
+    return [(title, _chart_from_zero(record, names)) for title, names in titles.items()]
+
+
+def _failing(record: RunRecord) -> list[str]:
+    """The counts of judges that have failed at all."""
+    names = record.names("rewards/", "/failures")
+    return [name for name in names if any(record.finite(name))]
 
 
 def _chart_from_zero(record: RunRecord, names: list[str]) -> str:
@@ -197,9 +215,9 @@ def _series(record: RunRecord, names: list[str]) -> list[Series]:
 
 
 def _short(name: str) -> str:
-    for prefix in ("rewards/", "monitors/", "time/", "entropy/"):
+    for prefix in ("rewards/", "monitors/", "time/", "entropy/", "images/"):
         name = name.removeprefix(prefix)
-    return name.removesuffix("/mean").replace("_", " ")
+    return name.removesuffix("/mean").removesuffix("/failures").replace("_", " ")
 
 
 def _samples(record: RunRecord) -> str:

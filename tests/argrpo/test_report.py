@@ -230,3 +230,30 @@ def test_any_curve_can_be_drawn(values: list[float | None]) -> None:
         ElementTree.fromstring(found)
         assert "nan" not in found
         assert "inf" not in found
+
+
+def test_what_images_look_like_and_which_judge_failed_have_charts(run: RunFolder) -> None:
+    assert "judge failed" not in write_report(run.path).read_text()
+    rows = [
+        {
+            **step_row(step),
+            "images/saturation": 0.3,
+            "images/edge_density": 0.1,
+            "images/colour_entropy": 5.0,
+            "images/distinct_tokens": 40.0,
+            "rewards/clip/failures": 0.0,
+            "rewards/deqa/failures": float(step > 20),
+        }
+        for step in range(1, 31)
+    ]
+    run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(run.path).read_text()
+    for title in (
+        "Images: saturation",
+        "Images: entropy of",
+        "Images: distinct",
+        "Images that a j",
+    ):
+        assert f"<h3>{title}" in page
+    failed = page[page.index("<h3>Images that a judge") :].split("<h3>")[1]
+    assert "deqa" in failed and "clip" not in failed
