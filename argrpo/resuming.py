@@ -22,6 +22,7 @@ _FREE = (
     "output",
     "fault",
     "profile",
+    "distributed.shard",
     "judging",
     "cache_dir",
     "device",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from argrpo.collection import Collection, draw_seed
@@ -238,7 +239,7 @@ class TrainingStep:
     def _restored(
         self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
     ) -> StepInFlight:
-        config, here = self._config, {k: v.to(self._device) for k, v in tensors.items()}
+        config, here = self._config, self._own(tensors)
         conditions = self._prompts.conditions(self._collection.prompts_of(step), repeats=1)
         rollout = Rollout(
             token_ids=here["rollout.token_ids"],
@@ -273,6 +274,13 @@ class TrainingStep:
             list(state["score_names"]),
             tensors["scores"],
         )
+
+    def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of this rank's images, where one process saved those of all."""
+        saved = tensors["rollout.image_ids"].tolist()
+        rows = torch.tensor([saved.index(image) for image in self._collection.image_ids.tolist()])
+        whole = {name: tensor for name, tensor in tensors.items() if name != "scores"}
+        return {name: tensor[rows].to(self._device) for name, tensor in whole.items()}
 
     def _dump_refused(self, now: StepInFlight) -> None:
         if not now.progress.refused:

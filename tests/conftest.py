@@ -156,7 +156,7 @@ def _as_rank(
     try:
         with failures_told():
             result = work(*given)
-    except Exception as error:
+    except BaseException as error:  # a signal's wish to stop, too
         result = error
     answer.send_bytes(pickle.dumps(result))
 

@@ -1,7 +1,13 @@
-"""A run on several processes: the images of one process, one set of weights, one run folder."""
+"""A run on several processes: the images of one process, one set of weights, one run folder.
+
+Over 300 lines because every test builds the same small run.
+"""
 
 import hashlib
 import json
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +35,7 @@ from argrpo.ranks import PeerError, num_ranks, own_rank
 from argrpo.reward_config import RewardConfig
 from argrpo.run_folder import RunFolder
 from argrpo.schedules import LearningRateConfig
+from argrpo.stop_signals import Preempted
 from argrpo.trainer import Trainer
 
 SLOTS = 4
@@ -44,6 +51,27 @@ def missing_where_dark(images: Tensor, prompts: list[Prompt]) -> Tensor:
     """NaN for images that differ between ranks in number, whatever rank draws them."""
     scores = brighter_left(images, prompts)
     return scores.masked_fill(scores < 0, torch.nan)
+
+
+def _in_step(step: int, rank: int) -> bool:
+    """Whether this is that rank's call of a judge in that step, from 1; a run of two ranks."""
+    calls.append(0)
+    return len(calls) == step and own_rank() == rank and num_ranks() == 2
+
+
+calls: list[int] = []  # of the judges below in this process; each rank is forked with none
+
+
+def stopped_in_step_4(images: Tensor, prompts: list[Prompt]) -> Tensor:
+    if _in_step(4, rank=1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return brighter_left(images, prompts)
+
+
+def killed_in_step_4(images: Tensor, prompts: list[Prompt]) -> Tensor:
+    if _in_step(4, rank=1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return brighter_left(images, prompts)
 
 
 def lost_on_rank_1(images: Tensor, prompts: list[Prompt]) -> Tensor:
@@ -259,3 +287,44 @@ def test_ranks_that_were_given_different_things_refuse_to_start(
     ):
         answers = run_ranks(2, _refused, config, replace(config, **change))
         assert message in answers[1].result
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "weights"])
+def test_a_run_that_a_signal_stopped_goes_on_bit_for_bit(
+    models: Path, tmp_path: Path, run_ranks: Callable, shard: str
+) -> None:
+    settings = {
+        "num_steps": 6,
+        "weight_ema": 0.9,
+        "distributed": DistributedConfig(shard=shard),
+    }
+    straight = run_ranks(2, _trained, _config(models, tmp_path / "straight", **settings))
+    config = _config(models, tmp_path / "run", "stopped_in_step_4", **settings)
+    stopped = run_ranks(2, _trained, config)
+    for ended in stopped:
+        assert isinstance(ended.result, Preempted)
+    assert "saved in" in str(stopped[1].result)
+    resumed = run_ranks(2, _trained, replace(config, resume="auto"))
+    assert {ended.result[0] for ended in resumed} == {straight[0].result[0]}
+    names = _comparable(_rows(tmp_path / "straight")[0])
+    names = [name for name in names if not name.startswith("rewards/")]
+    for row, wanted in zip(_rows(tmp_path / "run"), _rows(tmp_path / "straight"), strict=True):
+        assert [row[name] for name in names] == [wanted[name] for name in names]
+
+
+def test_a_run_that_was_killed_goes_on_with_another_number_of_ranks(
+    models: Path, tmp_path: Path, run_ranks: Callable
+) -> None:
+    every = OutputConfig(sample_every=0, sample_images=2, save_every=2, trackers=[])
+    straight = replace(_config(models, tmp_path / "straight", num_steps=6), output=every)
+    weights = run_ranks(2, _trained, straight)[0].result[1]
+    config = _config(models, tmp_path / "run", "killed_in_step_4", num_steps=6)
+    first, second = run_ranks(2, _trained, replace(config, output=every))
+    assert isinstance(first.result, PeerError) and second.code == -signal.SIGKILL
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=True)
+    for name, count in (("run", 4), ("copy", 1)):
+        again = replace(config, output=every, output_dir=str(tmp_path / name), resume="auto")
+        found = run_ranks(count, _trained, again)[0].result[1]
+        # Four more steps of 1e-3 after the same state; see the tolerance of four ranks against one.
+        assert _largest_difference(found, weights) < 5e-5
+        assert [row["step"] for row in _rows(tmp_path / name)] == [1, 2, 3, 4, 5, 6]
