@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -70,9 +70,7 @@ def read_shards(path: Path) -> dict[str, Tensor]:
     _check_files(path)
     meet("shards checked")
     listed = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    targets = {
-        name: _blank(found) for name, found in listed.items() if _is_tensor(name, found, path)
-    }
+    targets = {name: _blank(name, found) for name, found in listed.items()}
     dcp.load(targets, checkpoint_id=path, no_dist=num_ranks() == 1)
     return {name: _local(tensor) for name, tensor in targets.items()}
 
@@ -100,7 +98,9 @@ def _part(rows: Tensor, num_rows: int) -> DTensor:
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
-def _blank(found: TensorStorageMetadata) -> Tensor:
+def _blank(name: str, found: STORAGE_TYPES) -> Tensor:
+    if not isinstance(found, TensorStorageMetadata):
+        raise ValueError(f"{name}: expected a tensor, got something else")
     dtype, shape = found.properties.dtype, found.size
     if num_ranks() == 1 or not shape:
         return torch.empty(shape, dtype=dtype)
@@ -110,12 +110,6 @@ def _blank(found: TensorStorageMetadata) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_tensor(name: str, found: object, path: Path) -> bool:
-    if not isinstance(found, TensorStorageMetadata):
-        raise ValueError(f"{path}: expected tensors, got {name}, which is none")
-    return True
 
 
 def _write_manifest(part: Path) -> None:
