@@ -121,7 +121,7 @@ class TrainingStep:
         self._breakable = breakable
         self._failures = FailureWatch(config.judging)
         self._device = learner.device
-        self._random: dict[str, Tensor] | None = None  # when the step began; None between two
+        self._random: dict[str, Tensor] | None = None  # of when it is to go on; None: now
         self._observed: float | None = None  # entropy of the step, until it is committed
         self.in_flight: StepInFlight | None = None
         self.problem: str | None = None
@@ -137,6 +137,7 @@ class TrainingStep:
         self._clock.start_step()
         if self.in_flight is None:
             self.in_flight = self._begun(step, with_monitors)
+            self._random = random_state(self._device)
         now = self.in_flight
         entropy_coef = self._entropy.coefficient(step)
         by_completion = self._config.parity.entropy_by_completion

@@ -235,6 +235,24 @@ def scripted_server() -> Iterator[Callable[[Callable[[Exchange], None]], str]]:
         server.server_close()
 
 
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a policy of 2 x 2 tokens and a tokenizer, for runs of many steps."""
+    from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+    from argrpo.models.loading import save_policy, save_tokenizer
+    from argrpo.models.vq import VQConfig, VQTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_models")
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 16, "vocab_size": 16}
+    grid = {"image_size": 8, "downsample": 4, "num_classes": 10}
+    save_policy(LlamaGen(LlamaGenConfig(**sizes, **grid)), folder / "policy")
+    vq = {"codebook_size": 16, "codebook_dim": 4, "z_channels": 32, "channels": 32}
+    blocks = {"encoder_multipliers": (1, 1, 1), "decoder_multipliers": (1, 1, 1)}
+    save_tokenizer(VQTokenizer(VQConfig(**vq, **blocks, num_res_blocks=1)), folder / "tokenizer")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     torch.manual_seed(0)
