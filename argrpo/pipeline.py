@@ -7,7 +7,7 @@ images = pipe(class_labels=[207, 360], guidance_scale=2.0, seed=0).images
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from argrpo.devices import DTYPES, choose_device
+from argrpo.draw_seeds import draw_seeds
 from argrpo.encoded_texts import TextLayout
 from argrpo.engine.conditions import Conditions
 from argrpo.engine.rollout_engine import RolloutEngine
@@ -35,7 +36,6 @@ Images: TypeAlias = list[Image.Image] | np.ndarray | Tensor
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 _SLOTS = 8
-_LARGEST_SEED = 2**63 - 1
 _POLICY_FOLDER, _TOKENIZER_FOLDER = "policy", "tokenizer"  # as `argrpo convert taming` writes them
 
 # Defaults of the sampling scripts that came with the models: LlamaGen's sample_c2i.py and
@@ -97,14 +97,17 @@ class ImagePipeline:
         *,
         tokenizer: str | Path | None = None,
         text_encoder: str | None = None,
-        device: str = "auto",
+        image_size: int | None = None,
+        num_heads: int | None = None,
+        downsample: int = 16,
+        text_padding: str | None = None,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
         dtype: Literal["float32", "bfloat16"] = "float32",
         max_slots: int = _SLOTS,
         cache_dir: str | None = None,
-        **sizes: Any,
     ) -> Self:
         """Read everything from disk, or from the hub. Over 8 arguments because there are three
-        models to name.
+        models to name, and a published file of a policy does not say its sizes.
 
         Args:
             name: what `argrpo.load_policy` takes, digits:policy, a repository of the hub as
@@ -113,11 +116,11 @@ class ImagePipeline:
                 one: AR-GRPO's folders and what `argrpo convert taming` writes.
             text_encoder: folder or hub id of the T5 of a text-conditional policy, as
                 google/flan-t5-xl, or digits:text_encoder.
-            device: auto, cpu or cuda; auto takes a GPU where there is one.
+            image_size, num_heads, downsample, text_padding: see `argrpo.load_policy`.
+            device: auto takes a GPU where there is one.
             dtype: of the weights.
             max_slots: see `ImagePipeline`.
             cache_dir: where encoded texts and embedded models are kept; None: the usual place.
-            sizes: image_size, num_heads, downsample or text_padding of `argrpo.load_policy`.
 
         Raises:
             FileNotFoundError: nothing stands at a path.
@@ -133,7 +136,15 @@ class ImagePipeline:
             )
         codes = source if tokenizer is None else _fetched(tokenizer, cache_dir)
         where = choose_device(device)
-        policy = load_policy(source, device=where, dtype=DTYPES[dtype], **sizes)
+        policy = load_policy(
+            source,
+            image_size=image_size,
+            num_heads=num_heads,
+            downsample=downsample,
+            text_padding=text_padding,
+            device=where,
+            dtype=DTYPES[dtype],
+        )
         layout = text_layout(source, text_padding=policy.config.text_padding)
         texts = None
         if layout is not None:
@@ -203,7 +214,7 @@ class ImagePipeline:
         )
         check_guidance(self.policy, "guidance_scale", params.guidance_scale)
         conditions, count = self._conditions(class_labels, prompt, num_images_per_prompt)
-        seeds = _seeds(seed, generator, count)
+        seeds = draw_seeds(seed, generator, count)
         rollout = self._engine.draw(
             conditions, params, seed=seeds.draw, image_ids=torch.tensor(seeds.image_ids)
         )
@@ -259,39 +270,6 @@ class ImagePipeline:
         if output_type == "np":
             return rows.numpy()
         return [Image.fromarray(row) for row in to_uint8(rows).numpy()]
-
-
-class _Seeds(NamedTuple):
-    """How a draw names its pictures: a token depends on the draw's seed and its picture's id."""
-
-    draw: int
-    image_ids: list[int]
-
-
-def _seeds(
-    seed: int | Sequence[int] | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    count: int,
-) -> _Seeds:
-    if seed is not None and generator is not None:
-        raise ValueError("generator: expected None beside a seed, got both")
-    if isinstance(generator, Sequence):
-        seed = [_drawn(each) for each in generator]
-    elif seed is None:
-        seed = _drawn(generator)
-    if not isinstance(seed, Sequence):
-        return _Seeds(seed, list(range(count)))
-    if len(seed) != count:
-        raise ValueError(f"seed: expected one, or one for each of {count} images, got {len(seed)}")
-    outside = [each for each in seed if not -_LARGEST_SEED <= each <= _LARGEST_SEED]
-    if outside:
-        raise ValueError(f"seed: expected signed 64-bit integers, got {outside[0]}")
-    return _Seeds(0, list(seed))
-
-
-def _drawn(generator: torch.Generator | None) -> int:
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(_LARGEST_SEED, (), generator=generator, device=device))
 
 
 def _fetched(name: str | Path, cache_dir: str | None) -> Path:

@@ -7,7 +7,7 @@ fetched unless a name is given that is no local path.
 
 import tempfile
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 
@@ -41,12 +41,21 @@ def local_path(
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    repo = str(name)
     try:
         if filename is not None:
-            return Path(hf_hub_download(str(name), filename, **where))
-        wanted = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(str(name), allow_patterns=wanted, **where))
+            return Path(
+                hf_hub_download(repo, filename, revision=revision, token=token, cache_dir=cache_dir)
+            )
+        return Path(
+            snapshot_download(
+                repo,
+                allow_patterns=["*.json", "*.safetensors"],
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
@@ -119,19 +128,22 @@ class HubPolicy:
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
+        image_size: int | None = None,
+        num_heads: int | None = None,
+        downsample: int = 16,
+        text_padding: str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        **sizes: Any,
     ) -> Self:
         """Read a policy of this class from a path or from the hub. Over 8 arguments because the hub
-        and the loader have four each.
+        has five and the loader six.
 
         Args:
             name: what `argrpo.load_policy` takes, or a repository as `owner/name`.
             filename: one file of the repository, as c2i_B_256.pt.
             revision, token, cache_dir: see `local_path`.
-            device, dtype: see `argrpo.load_policy`.
-            sizes: image_size, num_heads, downsample or text_padding of `argrpo.load_policy`.
+            image_size, num_heads, downsample, text_padding, device, dtype: see
+                `argrpo.load_policy`.
 
         Raises:
             FileNotFoundError: neither a path nor a repository that can be reached.
@@ -142,7 +154,15 @@ class HubPolicy:
         path = local_path(
             name, filename=filename, revision=revision, token=token, cache_dir=cache_dir
         )
-        policy = load_policy(path, device=device, dtype=dtype, **sizes)
+        policy = load_policy(
+            path,
+            image_size=image_size,
+            num_heads=num_heads,
+            downsample=downsample,
+            text_padding=text_padding,
+            device=device,
+            dtype=dtype,
+        )
         if not isinstance(policy, cls):
             raise ValueError(
                 f"{name}: expected a {cls.__name__} policy, got a {type(policy).__name__}; use "
