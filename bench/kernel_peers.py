@@ -1,7 +1,8 @@
 """Peers that are packages of their own: used where installed, else a `PeerMissingError`.
 
-Written against liger-kernel 0.8.5 and cut-cross-entropy 25.1.1 (whose fused GRPO loss was compared with the formula on a CPU), and the documentation of
-flash-attn, xformers and FlashInfer. The interfaces of others move: what fails is a printed line.
+Written against liger-kernel 0.8.5 (on a CPU its fused GRPO loss has the gradients of the formula),
+cut-cross-entropy 25.1.1, and the documentation of flash-attn, xformers and FlashInfer. The
+interfaces of others move: what fails is a printed line.
 """
 
 from collections.abc import Callable

@@ -43,7 +43,19 @@ PEERS: dict[str, Callable[[Case, LlamaGen, Path | None], Peer]] = {
     "llamagen_compiled": LlamaGenCompiled,
     "llamagen_graph": LlamaGenGraph,
     "hf_static": lambda case, _policy, _: HfStaticPeer(case),
+    "vllm": lambda _case, _policy, _: _no_vllm(),
 }
+
+
+def _no_vllm() -> Peer:
+    """
+    Raises:
+        PeerMissingError: always. It mixes no two sequences before a token is drawn.
+    """
+    raise PeerMissingError(
+        "vllm: mixes no branches of guidance by itself; LlamaGen's fork of vLLM 0.4.1 does, and "
+        "runs on no torch that argrpo supports; its published figures are cited in bench/README.md"
+    )
 
 
 def peers_of(case: Case, policy: LlamaGen, names: Sequence[str], path: Path | None) -> list[Peer]:

@@ -1,6 +1,7 @@
 """`pytest bench/ --benchmark-only`: it collects every script's measurements, and they compare."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ def run_suites(folder: Path, *options: str) -> str:
         [sys.executable, "-P", "-m", "pytest", "bench/", "--benchmark-only", "-q",
          "-p", "no:cacheprovider", f"--benchmark-storage={folder}", *options],
         cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -37,13 +39,14 @@ def test_every_suite_is_collected(tmp_path: Path) -> None:
 
 
 def test_results_are_grouped_carry_what_the_device_says_and_compare(tmp_path: Path) -> None:
-    chosen = ["-k", "swiglu or test_decode", "--benchmark-autosave"]
+    chosen = ["-k", "guided_hidden or leave_one_out", "--benchmark-autosave"]
     first = tmp_path / "first.json"
     run_suites(tmp_path, *chosen, f"--benchmark-json={first}")
     found = json.loads(first.read_text(encoding="utf-8"))["benchmarks"]
-    assert {one["group"] for one in found} == {"swiglu", "decode"}
+    assert {one["group"] for one in found} == {"guided_hidden", "loo_fid"}
     for one in found:
         assert one["extra_info"]["device_us"] > 0
-        assert one["extra_info"]["percent_of_limit"] > 0
+        # Distances have no such figure.
+        assert ("percent_of_limit" in one["extra_info"]) == (one["group"] == "guided_hidden")
     printed = run_suites(tmp_path, *chosen, "--benchmark-compare")
     assert "Comparing against benchmarks from" in printed or "(0001" in printed

@@ -440,6 +440,17 @@ def test_a_peer_whose_first_step_fails_is_a_line_and_the_others_are_measured(
     assert printed == "without the peer: too_big: OutOfMemoryError: tried to allocate 99 GiB\n"
 
 
+def test_vllm_is_a_line_that_says_where_its_figures_stand(
+    script: Callable[[str], Any],
+    case_of: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = case_of()
+    assert script("rollout_peers").peers_of(case, case.policy(), ["vllm"], None) == []
+    printed = capsys.readouterr().out
+    assert printed.startswith("without the peer: vllm: ") and "bench/README.md" in printed
+
+
 def test_llamagen_is_not_measured_on_text(
     script: Callable[[str], Any],
     case_of: Callable[..., Any],
