@@ -180,6 +180,10 @@ class Learner:
             parts["reference"] = self._reference.state_dict()
         return with_prefixes(parts)
 
+    def own_rows(self) -> dict[str, Tensor]:
+        """See `PolicyUpdate.own_rows`; update.own_rows.* in `load_state_dict`."""
+        return self._update.own_rows()
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up where `state_dict` was read; the policy has its weights already.
 

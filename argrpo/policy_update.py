@@ -176,13 +176,22 @@ class PolicyUpdate:
         return undo
 
     def state_dict(self) -> dict[str, Tensor]:
-        """optimizer.*, the generator of label dropout, and counters; tensors are not copies."""
+        """optimizer.*, the generator of label dropout, and counters; tensors are not copies.
+
+        Without optimizer.* where the optimizer is saved in parts, see `own_rows`.
+        """
+        in_parts = self._config.distributed.save == "parts"
         return {
-            **with_prefixes({"optimizer": self._optimizer.state_dict()}),
+            **with_prefixes({"optimizer": {} if in_parts else self._optimizer.state_dict()}),
             "dropout": self._dropout.get_state(),
             "num_optimizer_steps": torch.tensor(self.num_optimizer_steps),
             "num_skipped": torch.tensor(self._num_skipped),
         }
+
+    def own_rows(self) -> dict[str, Tensor]:
+        """The optimizer's state as far as it is on this rank; `load_state_dict` takes it, dealt out
+        to any number of ranks, as own_rows.* in place of optimizer.*."""
+        return self._optimizer.own_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up where `state_dict` was read; the policy has its weights already.
@@ -191,7 +200,10 @@ class PolicyUpdate:
             ValueError: something is missing, unknown, or of another shape.
         """
         self._trained.take_up()
-        self._optimizer.load_state_dict(part_of(state, "optimizer"))
+        if own := part_of(state, "own_rows"):
+            self._optimizer.load_own_state(own)
+        else:
+            self._optimizer.load_state_dict(part_of(state, "optimizer"))
         self._trained.publish()
         self._dropout.set_state(named(state, "dropout"))
         self.num_optimizer_steps = int(named(state, "num_optimizer_steps"))

@@ -23,6 +23,7 @@ _FREE = (
     "fault",
     "profile",
     "distributed.shard",
+    "distributed.save",
     "judging",
     "cache_dir",
     "device",

@@ -7,13 +7,16 @@ evaluation.*            scores of the base policy, for win rates; the value of t
 random.*                the global generators, for judges of the caller's
 in_flight.*             a rollout that is drawn and judged, and how far its optimizer steps are
 pending                 a finished step that is not logged yet
+optimizer_parts         the folder of masters and moments, where ranks write them apart
 
 The learning rate, the prompts and the seed of each draw follow from the number of the step and the
 run's seed: the number of finished steps is all of them.
 """
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +31,12 @@ from argrpo.learner import Learner
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.loading import load_published_weights, policy_record, published_weights
 from argrpo.random_state import seed_generators, set_random_state
+from argrpo.ranks import is_first
 from argrpo.run_folder import plain
 from argrpo.state_names import part_of, with_prefixes
 from argrpo.training_step import StepOutcome, TrainingStep
+
+PARTS = "optimizer_"  # before the name of a checkpoint
 
 
 class RunState:
@@ -65,6 +71,35 @@ class RunState:
         now = self._step.in_flight
         return Position(self.num_finished, None if now is None else now.progress.num_updates)
 
+    @property
+    def parts_name(self) -> str | None:
+        """The folder of the optimizer's state beside the checkpoint; None where it is inside."""
+        in_parts = self._config.distributed.save == "parts"
+        return f"{PARTS}{self.position.name}" if in_parts else None
+
+    def write_parts(self, folder: Path) -> None:
+        """Write the optimizer's state, each rank its own rows, if the config wants it so.
+
+        All ranks call it together. Parts whose checkpoint is gone are removed.
+
+        Args:
+            folder: of all checkpoints.
+
+        Raises:
+            StorageError: a disk is full or refused.
+            PeerError: another rank failed.
+        """
+        if self.parts_name is None:
+            return
+        # DCP takes a second to import, and few runs need it.
+        from argrpo.sharded_state import write_shards
+
+        if is_first():
+            for old in folder.glob(f"{PARTS}*"):
+                if not (folder / old.name.removeprefix(PARTS)).exists():
+                    shutil.rmtree(old)
+        write_shards(folder / self.parts_name, self._learner.own_rows())
+
     def snapshot(self, *, with_reference: bool) -> Snapshot:
         """The run as it is; the tensors are not copies, except those of an average.
 
@@ -84,6 +119,7 @@ class RunState:
             with_prefixes(parts),
             {
                 "config": plain(dataclasses.asdict(self._config)),
+                "optimizer_parts": self.parts_name,
                 "pending": None if self.pending is None else self.pending._asdict(),
                 "best": None if self._best is None else self._best.value,
                 **self._step.state(),
@@ -102,19 +138,32 @@ class RunState:
         else:
             set_random_state(self._random, device)
 
-    def load(self, snapshot: Snapshot) -> None:
+    def load(self, snapshot: Snapshot, folder: Path) -> None:
         """Go on where a snapshot was taken; the policy was made of its `model`.
+
+        Args:
+            snapshot: of a checkpoint.
+            folder: in which the checkpoint lies.
 
         Raises:
             ValueError: something is missing, or of another shape; the run cannot be used then.
         """
         try:
-            self._load(snapshot.tensors, snapshot.state, snapshot.reference)
+            tensors = {**snapshot.tensors, **self._parts(snapshot.state, folder)}
+            self._load(tensors, snapshot.state, snapshot.reference)
         except (KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"expected the state of such a run, got another ({reason})") from error
         self.num_finished = snapshot.position.step
         self.has_begun = True
+
+    def _parts(self, state: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+        name = state.get("optimizer_parts")
+        if name is None:
+            return {}
+        from argrpo.sharded_state import read_shards
+
+        return with_prefixes({"step.learner.update.own_rows": read_shards(folder / str(name))})
 
     def _load(
         self,

@@ -35,7 +35,7 @@ def write_shards(path: Path, own: Mapping[str, Tensor]) -> None:
     """Write a state whole or not at all. All ranks call it together.
 
     Args:
-        path: the folder, which all ranks see; its parent stands.
+        path: the folder, which all ranks see; replaced where it stands.
         own: the own rows of each tensor, dealt as row_shards.py deals them; what has no rows is
             the same on all ranks.
 
@@ -46,8 +46,9 @@ def write_shards(path: Path, own: Mapping[str, Tensor]) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         if is_first():
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
+            for stale in (part, path):  # of a run that ended here, and goes on again
+                shutil.rmtree(stale, ignore_errors=True)
+            part.mkdir(parents=True)
         meet("shards")
         dcp.save(_spread(own), checkpoint_id=part, no_dist=num_ranks() == 1)
         _write_manifest(part)

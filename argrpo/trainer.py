@@ -119,7 +119,7 @@ class Trainer:
         self._saved: Path | None = None  # the newest checkpoint
         if start is not None:
             with blamed_on("resume"):
-                self._state.load(start.snapshot)
+                self._state.load(start.snapshot, start.path.resolve().parent)
             if start.path.resolve().parent == self._folder.checkpoints_path.resolve():
                 self._saved = self._folder.checkpoints_path / start.path.name
             _LOG.warning(
@@ -263,6 +263,8 @@ class Trainer:
         with self._ranges("checkpoint"):
             wants_reference = self._writer.reference is None
             # All ranks take part: each holds a part of the optimizer's state.
+            self._writer.wait()
+            self._state.write_parts(self._folder.checkpoints_path)
             snapshot = self._state.snapshot(with_reference=wants_reference)
             if is_first():
                 self._writer.save(snapshot)

@@ -106,7 +106,8 @@ def test_parts_that_were_harmed_are_refused_by_all(
 def test_a_disk_that_refuses_leaves_no_folder_of_that_name(
     run_ranks: Callable, tmp_path: Path
 ) -> None:
-    path = tmp_path / "missing" / "optimizer"
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "optimizer"
     first, second = run_ranks(2, _written, path, torch.float32)
     assert isinstance(first.result, StorageError)
     assert isinstance(second.result, PeerError)

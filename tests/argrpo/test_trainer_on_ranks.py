@@ -289,14 +289,14 @@ def test_ranks_that_were_given_different_things_refuse_to_start(
         assert message in answers[1].result
 
 
-@pytest.mark.parametrize("shard", ["optimizer", "weights"])
+@pytest.mark.parametrize(("shard", "save"), [("optimizer", "whole"), ("weights", "parts")])
 def test_a_run_that_a_signal_stopped_goes_on_bit_for_bit(
-    models: Path, tmp_path: Path, run_ranks: Callable, shard: str
+    models: Path, tmp_path: Path, run_ranks: Callable, shard: str, save: str
 ) -> None:
     settings = {
         "num_steps": 6,
         "weight_ema": 0.9,
-        "distributed": DistributedConfig(shard=shard),
+        "distributed": DistributedConfig(shard=shard, save=save),
     }
     straight = run_ranks(2, _trained, _config(models, tmp_path / "straight", **settings))
     config = _config(models, tmp_path / "run", "stopped_in_step_4", **settings)
@@ -316,9 +316,10 @@ def test_a_run_that_was_killed_goes_on_with_another_number_of_ranks(
     models: Path, tmp_path: Path, run_ranks: Callable
 ) -> None:
     every = OutputConfig(sample_every=0, sample_images=2, save_every=2, trackers=[])
-    straight = replace(_config(models, tmp_path / "straight", num_steps=6), output=every)
+    settings = {"num_steps": 6, "distributed": DistributedConfig(save="parts")}
+    straight = replace(_config(models, tmp_path / "straight", **settings), output=every)
     weights = run_ranks(2, _trained, straight)[0].result[1]
-    config = _config(models, tmp_path / "run", "killed_in_step_4", num_steps=6)
+    config = _config(models, tmp_path / "run", "killed_in_step_4", **settings)
     first, second = run_ranks(2, _trained, replace(config, output=every))
     assert isinstance(first.result, PeerError) and second.code == -signal.SIGKILL
     shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=True)
