@@ -60,7 +60,8 @@ class AestheticReward:
         if not Path(head).is_file():
             raise FileNotFoundError(
                 f"rewards.{name}.options.head: expected sac+logos+ava1-l14-linearMSE.pth "
-                f"(published in christophschuhmann/improved-aesthetic-predictor), got {head}"
+                "(published in christophschuhmann/improved-aesthetic-predictor), got nothing at "
+                f"{head}"
             )
         with named_within(f"rewards.{name}.options"):
             weight, bias = folded(_layers(head))

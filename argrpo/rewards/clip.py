@@ -153,7 +153,7 @@ class Hpsv2Reward(CosineReward):
         if not Path(checkpoint).is_file():
             raise FileNotFoundError(
                 f"rewards.{name}.options.checkpoint: expected HPS_v2.1_compressed.pt (published in "
-                f"xswu/HPSv2), got {checkpoint}"
+                f"xswu/HPSv2), got nothing at {checkpoint}"
             )
         with named_within(f"rewards.{name}.options"):
             wanted = TowerOptions(model, checkpoint, None, dtype, offload)
@@ -196,7 +196,7 @@ class PickScoreReward(CosineReward):
         if not Path(folder).is_dir():
             raise FileNotFoundError(
                 f"rewards.{name}.options.folder: expected a folder with PickScore (published in "
-                f"yuvalkirstain/PickScore_v1), got {folder}"
+                f"yuvalkirstain/PickScore_v1), got nothing at {folder}"
             )
         with named_within(f"rewards.{name}.options"):
             wanted = TowerOptions(folder, None, tokenizer, dtype, offload)

@@ -81,7 +81,7 @@ class LpipsReward:
         if not Path(file).is_file():
             raise FileNotFoundError(
                 f"{place}.backbone: expected {_BACKBONES[net]} (published by torchvision at "
-                f"download.pytorch.org/models), got {file}"
+                f"download.pytorch.org/models), got nothing at {file}"
             )
 
         def load() -> tuple[Any, Residence]:

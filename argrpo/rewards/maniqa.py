@@ -260,7 +260,7 @@ def _check(place: str, metric: str, weights: str, dtype: str, rule: CropRule) ->
     if not Path(weights).is_file():
         raise FileNotFoundError(
             f"{place}.weights: expected {_FILES[metric]} (published in IIGROUP/MANIQA and "
-            f"chaofengc/IQA-PyTorch-Weights), got {weights}"
+            f"chaofengc/IQA-PyTorch-Weights), got nothing at {weights}"
         )
     if rule.kind not in ("grid", "random"):
         raise ValueError(f"{place}.crops: expected grid or random, got {rule.kind!r}")

@@ -68,7 +68,7 @@ def build_metric(
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(
             f"weights: expected a file of {metric} (published in chaofengc/IQA-PyTorch-Weights), "
-            f"got {weights}"
+            f"got nothing at {weights}"
         )
     get_root_logger(log_level=logging.WARNING)  # the first call decides
     # What leaves a network untrained differs by metric; one that knows neither has no weights.

@@ -65,6 +65,8 @@ class ImageMemo:
             compute: from some of the images, and which of the N they are, to their rows.
             texts: N, where a row depends on one, too.
         """
+        if images.is_inference():  # they do not tell when they are written to
+            return compute(images, list(range(len(images))))
         storage = images.untyped_storage()
         if self._versions.get(storage) != images._version:
             self._versions[storage] = images._version

@@ -74,7 +74,10 @@ def _network(options: TowerOptions) -> TowerNetwork:
             return OpenClipNetwork(model, None)
     if model in open_clip.list_models():
         _check_weights(model, pretrained)
-        with _said_of("pretrained", str(pretrained)):
+        source = str(pretrained)
+        if not Path(source).is_file():
+            source += f" (the tag; a file with weights of {model} needs no network)"
+        with _said_of("pretrained", source):
             return OpenClipNetwork(model, pretrained)
     if pretrained is None and (Path(model).is_dir() or _HUB_ID.fullmatch(model)):
         tokenizer = options.tokenizer or model

@@ -33,6 +33,16 @@ def test_what_is_remembered_goes_with_the_images_and_when_they_change() -> None:
     assert not memo._rows
 
 
+def test_nothing_is_remembered_of_images_that_do_not_tell_when_they_change() -> None:
+    memo = ImageMemo()
+    with torch.inference_mode():
+        images = torch.ones(2, 1, 2, 2)
+        for value in (1.0, 2.0):
+            images.fill_(value)
+            rows = memo.rows(images, "a", lambda x, _: x.flatten(1).sum(1))
+            assert rows.tolist() == [4.0 * value] * 2
+
+
 def test_a_residence_freezes_what_it_holds() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     Residence(network, torch.device("cpu"))
