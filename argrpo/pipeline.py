@@ -115,7 +115,8 @@ class ImagePipeline:
             tokenizer: what `argrpo.load_tokenizer` takes, or a repository; None where `name` holds
                 one: AR-GRPO's folders and what `argrpo convert taming` writes.
             text_encoder: folder or hub id of the T5 of a text-conditional policy, as
-                google/flan-t5-xl, or digits:text_encoder.
+                google/flan-t5-xl, or digits:text_encoder. It is read when a text is not among those
+                kept on disk, and let go again; the policy stays beside it for that long.
             image_size, num_heads, downsample, text_padding: see `argrpo.load_policy`.
             device: auto takes a GPU where there is one.
             dtype: of the weights.
