@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from argrpo.data_config import ClassNames
 from argrpo.evaluation.features import FeatureKind
 from argrpo.images_config import ImagesConfig, check_scales
 
@@ -36,7 +37,7 @@ class C2iConfig(ImagesConfig):
     names: list[str] | None = None
     """Class names instead of labels, as --names "golden retriever" otter."""
 
-    names_from: Literal["imagenet", "digits"] = "imagenet"
+    names_from: ClassNames = "imagenet"
     """Which classes the names are of. digits also takes the embedded held-out judge for features
     and the embedded evaluation split as reference, where neither is given."""
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from argrpo.data import Prompt, PromptSet, load_prompts
+from argrpo.data import Prompt, PromptSet
 from argrpo.devices import choose_device
 from argrpo.eval_t2i_config import T2iConfig
+from argrpo.eval_t2i_prompts import prompts_of
 from argrpo.evaluation.diversity import distance_within, has_pairs, thumbnails
 from argrpo.evaluation.features import load_extractor
 from argrpo.evaluation.image_models import load_models
@@ -29,7 +30,7 @@ from argrpo.evaluation.judge_panel import SCORES, JudgePanel, win_rate, win_rate
 from argrpo.evaluation.sharing import own_share
 from argrpo.model_paths import resolve_path
 from argrpo.progress import Report, unreported
-from argrpo.prompt_folders import PromptFolders, check_records, read_records
+from argrpo.prompt_folders import PromptFolders
 from argrpo.ranks import is_first, meet
 from argrpo.run_folder import write_atomically
 
@@ -95,8 +96,7 @@ def evaluate_texts(config: T2iConfig, report: Report = unreported) -> T2iResults
         StorageError: the disk is full or refused.
     """
     device = choose_device(config.device)
-    prompts = load_prompts(config.data)
-    records = _records(config, prompts.prompts)
+    prompts, records = prompts_of(config, device, report)
     share = own_share(config.shard, config.num_shards)
     looks = _looks(config, prompts.prompts, device)
     jobs = []
@@ -111,14 +111,6 @@ def evaluate_texts(config: T2iConfig, report: Report = unreported) -> T2iResults
     if not is_first() or any(job.images.missing(looks.all()) for job in jobs):
         return None
     return _compared(config, prompts.prompts, records, jobs, looks)
-
-
-def _records(config: T2iConfig, prompts: list[Prompt]) -> list[dict[str, Any]]:
-    if config.metadata is None:
-        return [{"prompt": prompt.text} for prompt in prompts]
-    records = read_records(Path(config.metadata), config.layout)
-    check_records(records, prompts)
-    return records
 
 
 def _looks(config: T2iConfig, prompts: list[Prompt], device: torch.device) -> _Looks:

@@ -15,7 +15,8 @@ class T2iConfig(ImagesConfig):
     show base and tuned policy side by side."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """Which prompts; those of classes for a class-conditional policy."""
+    """Which prompts, and the encoder that a text-conditional policy reads them through; without
+    prompts or text_features those of metadata. A class-conditional policy takes classes."""
 
     num_images_per_prompt: int = 4
     """GenEval's figures are of 4."""

@@ -68,6 +68,9 @@ class ImagesConfig:
     downsample: int = 16
     """Pixels a side of one token, where a policy's file does not say."""
 
+    text_padding: Literal["left", "right"] | None = None
+    """Where padding stands in the texts; None: as a policy's folder says, else left."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights."""
 

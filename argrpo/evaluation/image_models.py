@@ -30,6 +30,7 @@ def load_models(
             image_size=config.image_size,
             num_heads=config.num_heads,
             downsample=config.downsample,
+            text_padding=config.text_padding,
             device=device,
             dtype=DTYPES[config.dtype],
         )

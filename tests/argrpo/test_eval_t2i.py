@@ -30,6 +30,7 @@ from argrpo.models.vq import VQConfig, VQTokenizer
 from argrpo.pixels import to_uint8
 from argrpo.reward_config import RewardConfig
 from argrpo.side_by_side import write_side_by_side
+from argrpo.text_config import TextEncoderConfig
 
 TEXTS = ["a cat", "a <b>dog</b> & co", "a hat"]
 LEFT = f"{__name__}:brighter_left"
@@ -181,6 +182,36 @@ def test_judging_again_draws_and_asks_nothing_anew(
     assert compared(config_of(models, finished[1])).rows() == finished[0].rows()
 
 
+def test_prompts_of_a_benchmarks_file_are_read_through_the_encoder(
+    models: Path, tiny_t5: Path, tmp_path: Path
+) -> None:
+    width = json.loads((tiny_t5 / "config.json").read_text())["d_model"]
+    sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 32, "vocab_size": 32}
+    grid = {"image_size": 16, "downsample": 4, "caption_dim": width, "prefix_len": 12}
+    policy = LlamaGen(LlamaGenConfig(**sizes, **grid, model_type="t2i"))
+    save_policy(policy, tmp_path / "policy")
+    (tmp_path / "drawbench.csv").write_text("Prompts,Category\na seven,Digits\na two,Digits\n")
+    data = DataConfig(text_encoder=TextEncoderConfig(path=str(tiny_t5), dtype="float32"))
+    results = compared(
+        replace(
+            config_of(models, tmp_path / "out"),
+            compare=[],
+            policy=str(tmp_path / "policy"),
+            data=data,
+            metadata=str(tmp_path / "drawbench.csv"),
+            layout="drawbench",
+            cache_dir=str(tmp_path / "cache"),
+        )
+    )
+    assert [prompt.text for prompt in results.prompts] == ["a seven", "a two"]
+    kept = tmp_path / "out" / "policy" / "images" / "00001" / "metadata.jsonl"
+    assert json.loads(kept.read_text())["Category"] == "Digits"
+    other = replace(config_of(models, tmp_path / "other"), layout="drawbench", data=data)
+    both = replace(other, compare=[str(tmp_path / "policy"), str(models / "base")])
+    with pytest.raises(ValueError, match="compare: expected policies that read texts alike"):
+        evaluate_texts(both)
+
+
 def test_the_page_shows_every_picture_beside_its_twin(
     finished: tuple[T2iResults, Path],
 ) -> None:
@@ -222,10 +253,9 @@ def test_the_error_of_a_win_rate_is_that_of_the_prompts() -> None:
             {"features": "digits_judge", "features_path": "nowhere"},
             "features_path: judge: expected a folder",
         ),
-        ({"data": DataConfig(names="digits", classes=[1, 2, 3])}, "metadata: expected 'a photo"),
         (
             {"data": DataConfig(names="digits"), "metadata": None, "layout": "drawbench"},
-            "expected TextFeatures, got a tensor of labels",
+            "data.text_encoder.path: expected the encoder that the policy was trained with",
         ),
     ],
 )
