@@ -12,6 +12,7 @@ from PIL import Image
 
 import argrpo
 from argrpo.report_charts import Series, bar_chart, line_chart, number, stacked_chart
+from argrpo.report_diversity import diversity
 from argrpo.report_evaluations import evaluations
 from argrpo.report_page import PAGE, card, section
 from argrpo.run_folder import write_atomically
@@ -83,6 +84,8 @@ def _facts(record: RunRecord) -> Iterable[str]:
     if rewards:
         first, last = _ends(rewards)
         yield _fact("reward", _change(first, last), "first and last tenth of the steps")
+    for change in diversity(record):
+        yield _fact(change.label, _change(change.first, change.last), change.note)
     for name in record.names("monitors/", "/mean"):
         values = record.finite(name)
         if len(values) > 1:

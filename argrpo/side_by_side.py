@@ -24,6 +24,7 @@ _STYLE = """<style>
 .policies > div > p { margin: 0 0 6px; color: var(--soft); font-size: 12.5px; }
 .shots { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 8px; }
 .shots figcaption { line-height: 1.35; font-size: 11.5px; overflow-wrap: anywhere; }
+.shots span { white-space: nowrap; }
 .shots img { image-rendering: $rendering; }
 </style>"""
 _SMALL = 64  # pixels; smaller pictures are shown with sharp pixels
@@ -79,8 +80,10 @@ def render(results: T2iResults, output_dir: Path, num_prompts: int) -> str:
 def _table(results: T2iResults) -> str:
     heads = "".join(f"<th class=num>{escape(each.name)}</th>" for each in results.policies)
     lines = []
-    for metric in dict.fromkeys(name for each in results.policies for name in each.metrics):
-        if metric.endswith(("/win_rate_error", "/std")):
+    # The last policy's, because the first has no wins.
+    for metric, value in results.policies[-1].metrics.items():
+        is_beside = metric.endswith(("/win_rate_error", "/std"))
+        if is_beside or (metric.endswith("/not_scored") and value == 0):
             continue
         cells = "".join(_cell(each, metric) for each in results.policies)
         lines.append(f"<tr><th>{escape(_words(metric))}</th>{cells}</tr>")
@@ -89,7 +92,9 @@ def _table(results: T2iResults) -> str:
 
 def _words(metric: str) -> str:
     if metric.endswith("/win_rate"):
-        return f"{metric.removesuffix('/win_rate')}: wins against the first, a tie half"
+        return f"{metric.removesuffix('/win_rate')}: wins against the first, ± standard error"
+    if metric.endswith("/mean"):
+        return f"{metric.removesuffix('/mean')}: mean, ± spread over images"
     named = {
         "entropy": "entropy of the draws, nats a token",
         "pairwise_distance": "distance between images of a prompt, in features",
@@ -138,8 +143,10 @@ def _said(results: T2iResults, policy: PolicyImages, row: int) -> Iterator[str]:
     base = results.policies[0].scores
     for place, judge in enumerate(results.judges):
         score, before = float(policy.scores[row, place]), float(base[row, place])
-        kind = "better" if score > before else "worse" if score < before else ""
         value = number(score) if math.isfinite(score) else "not scored"
+        # A colour between two numbers that read alike would only puzzle.
+        is_other = math.isfinite(before) and value != number(before)
+        kind = "better" if is_other and score > before else "worse" if is_other else ""
         yield f'{escape(judge)} <span class="{kind}">{value}</span>'
 
 
