@@ -253,10 +253,13 @@ def _doctor(arguments: list[str]) -> None:
 def _prepare_digits_of(config: object, cache_dir: str | None) -> None:
     """Train the embedded models where it can be seen, if a path of the config names one."""
     from argrpo.demo import prepare_digits
+    from argrpo.model_paths import names_text_digits
     from argrpo.ranks import is_first
 
-    if "digits:" in repr(config):
-        prepare_digits(cache_dir, Console(quiet=not is_first()))
+    named = repr(config)
+    if "digits:" in named:
+        console = Console(quiet=not is_first())
+        prepare_digits(cache_dir, console, with_captions=names_text_digits(named))
 
 
 def _cache_dir(asked: str | None) -> str:

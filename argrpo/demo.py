@@ -9,20 +9,20 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from argrpo.config import TrainConfig, describe
 from argrpo.config_files import parse_config
+from argrpo.demo_tasks import PRESETS, DemoTask, TaskName, make_task
 from argrpo.digits.assets import DigitsAssets, default_cache_dir, digits_assets
-from argrpo.digits.dataset import NUM_CLASSES, load_split
-from argrpo.digits.evaluation import DigitsScores, evaluate_digits
-from argrpo.digits.judges import load_judge
+from argrpo.digits.dataset import NUM_CLASSES
+from argrpo.digits.evaluation import DigitsScores
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.image_files import save_grid
 from argrpo.models.loading import load_policy, load_tokenizer
+from argrpo.models.vq import VQTokenizer
 from argrpo.progress import stage_progress
 from argrpo.report import write_report
 from argrpo.run_folder import RunFolder, write_atomically
@@ -30,7 +30,6 @@ from argrpo.trackers import make_trackers
 from argrpo.trainer import Trainer
 
 _DEFAULT_FOLDER = "runs/demo"
-_PRESET = "digits.yaml"
 _SHOWN = 5 * NUM_CLASSES  # images before and after: five of each digit
 _SLOTS = 250  # images drawn at a time when measuring
 _SEED_OFFSET = 1_000_000  # away from the seeds of the run's own sample grids
@@ -40,6 +39,9 @@ _LEAST_RECALL = 0.5  # of a class's recall, what GRPO has to leave for it not to
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Train the embedded digits task from nothing, measure what came of it, and report."""
+
+    task: TaskName = "classes"
+    """What the policy reads: the class of a digit, or a caption, with its place and tilt, too."""
 
     output_dir: str | None = None
     """Folder of the run; None: runs/demo, or runs/demo-2, ... when taken."""
@@ -94,7 +96,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     else:
         folder = RunFolder.create(config.output_dir)
     try:
-        assets = prepare_digits(config.cache_dir, console)
+        assets = prepare_digits(config.cache_dir, console, with_captions=config.task == "text")
     except BaseException:
         folder.discard_if_empty()
         raise
@@ -103,25 +105,50 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
         console.print(line, highlight=False, soft_wrap=True)
     trained = Trainer(training, make_trackers(training, progress=True)).train()
     console.print("measuring base and tuned policy", highlight=False)
-    base, before = _measure(assets.policy_path, assets, training, config)
-    tuned, after = _measure(trained.policy_path, assets, training, config)
+    task = make_task(config.task, assets, training)
+    tokenizer = load_tokenizer(assets.tokenizer_path)
+    base, before = _measure(task.policy_path, tokenizer, task, training, config)
+    tuned, after = _measure(trained.policy_path, tokenizer, task, training, config)
     result = DemoResult(folder, trained.policy_path, base, tuned)
     save_grid(before, folder.path / "before.png", columns=NUM_CLASSES)
     save_grid(after, folder.path / "after.png", columns=NUM_CLASSES)
     _write_scores(result, training, config)
     report = write_report(folder.path)
-    _tell(result, report, time.monotonic() - started, console)
+    _tell(result, task, console)
+    _tell_where(result, task, report, time.monotonic() - started, console)
     return result
 
 
-def prepare_digits(cache_dir: str | None, console: Console) -> DigitsAssets:
-    """The embedded models, trained now under the eyes of the user if the cache has none."""
+def prepare_digits(
+    cache_dir: str | None, console: Console, *, with_captions: bool = False
+) -> DigitsAssets:
+    """The embedded models, trained now under the eyes of the user if the cache has none.
+
+    Args:
+        cache_dir: where they are kept; None: argrpo under the user's cache folder.
+        console: where progress is shown.
+        with_captions: those of the task with captions, too.
+    """
+    folder = Path(cache_dir) if cache_dir else default_cache_dir()
     with stage_progress(console) as progress:
-        return digits_assets(cache_dir or default_cache_dir(), progress)
+        assets = digits_assets(folder, progress)
+        if with_captions:
+            # Here, because transformers is seconds to import.
+            from argrpo.digits.text_assets import text_digits_assets
+
+            text_digits_assets(folder, progress)
+        return assets
 
 
 def _train_config(config: DemoConfig, folder: RunFolder) -> TrainConfig:
-    words = ["--config", _PRESET, "--output_dir", str(folder.path), "--seed", str(config.seed)]
+    words = [
+        "--config",
+        PRESETS[config.task],
+        "--output_dir",
+        str(folder.path),
+        "--seed",
+        str(config.seed),
+    ]
     if config.cache_dir is not None:
         words += ["--cache_dir", config.cache_dir]
     if config.num_steps is not None:
@@ -130,17 +157,19 @@ def _train_config(config: DemoConfig, folder: RunFolder) -> TrainConfig:
 
 
 def _measure(
-    policy_path: Path, assets: DigitsAssets, training: TrainConfig, config: DemoConfig
+    policy_path: Path,
+    tokenizer: VQTokenizer,
+    task: DemoTask,
+    training: TrainConfig,
+    config: DemoConfig,
 ) -> tuple[DigitsScores, Tensor]:
     """Scores of a policy on fresh samples, and the first samples, five of each digit."""
-    policy, tokenizer = load_policy(policy_path), load_tokenizer(assets.tokenizer_path)
-    labels = torch.arange(config.num_evaluation_images) % NUM_CLASSES
-    engine = RolloutEngine(policy, max_slots=min(_SLOTS, len(labels)))
-    rollout = engine.draw(labels, training.rollout, seed=config.seed + _SEED_OFFSET)
+    count = config.num_evaluation_images
+    engine = RolloutEngine(load_policy(policy_path), max_slots=min(_SLOTS, count))
+    seed = config.seed + _SEED_OFFSET
+    rollout = engine.draw(task.conditions(count), training.rollout, seed=seed)
     images = tokenizer.decode(rollout.token_ids, decode_batch=training.tokenizer.decode_batch)
-    judge = load_judge(assets.heldout_judge_path)
-    scores = evaluate_digits(images, labels, judge, load_split("evaluation"))
-    return scores, images[:_SHOWN]
+    return task.scores(images), images[:_SHOWN]
 
 
 def _write_scores(result: DemoResult, training: TrainConfig, config: DemoConfig) -> None:
@@ -161,11 +190,11 @@ def _write_scores(result: DemoResult, training: TrainConfig, config: DemoConfig)
     write_atomically(result.folder.evaluation_path, lambda part: part.write_text(text))
 
 
-def _tell(result: DemoResult, report: Path, seconds: float, console: Console) -> None:
+def _tell(result: DemoResult, task: DemoTask, console: Console) -> None:
     table = Table(title="held-out judge, fresh samples", title_justify="left")
     for column in ("", "base", "tuned"):
         table.add_column(column, justify="left" if not column else "right")
-    for name in ("accuracy", "precision", "recall", "frechet"):
+    for name in task.measures:
         base, tuned = getattr(result.base, name), getattr(result.tuned, name)
         table.add_row(name, f"{base:.3f}", f"{tuned:.3f}")
     recalls = zip(result.base.per_class_recall, result.tuned.per_class_recall, strict=True)
@@ -178,11 +207,16 @@ def _tell(result: DemoResult, report: Path, seconds: float, console: Console) ->
             "up variety for reward",
             style="yellow",
         )
+
+
+def _tell_where(
+    result: DemoResult, task: DemoTask, report: Path, seconds: float, console: Console
+) -> None:
     for line in (
         f"done in {seconds / 60:.1f} minutes",
         f"look at   {report}",
         f"          {result.folder.path / 'before.png'}, after.png",
         f"go on     argrpo sample --policy {result.policy_path} --tokenizer digits:tokenizer "
-        "--names_from digits --names seven --guidance_scale 2",
+        f"{task.sample_flags} --guidance_scale 2",
     ):
         console.print(line, highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _DIGITS = "digits:"
+_TEXT_NAMES = ("text_policy", "text_encoder", "captions")
 # What a caller may tell the loader of a policy beside its path.
 _SIZES = ("image_size", "num_heads", "downsample", "text_padding")
 
@@ -43,8 +44,9 @@ def named_within(place: str) -> Iterator[None]:
 
 
 def resolve_path(path: str, cache_dir: str | None) -> Path:
-    """A path, or for `digits:policy`, `digits:tokenizer`, `digits:reward_judge` and
-    `digits:heldout_judge` the file that the embedded task keeps under `cache_dir`.
+    """A path, or what the embedded task keeps under `cache_dir`: for `digits:policy`,
+    `digits:tokenizer`, `digits:reward_judge` and `digits:heldout_judge`; and for its captions
+    `digits:text_policy`, `digits:text_encoder` and `digits:captions`.
 
     The embedded models are trained if they are not there yet.
 
@@ -55,14 +57,35 @@ def resolve_path(path: str, cache_dir: str | None) -> Path:
         return Path(path)
     from argrpo.digits.assets import default_cache_dir, digits_assets
 
-    assets = digits_assets(default_cache_dir() if cache_dir is None else Path(cache_dir))
+    name = path.removeprefix(_DIGITS)
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    if name in _TEXT_NAMES:
+        return _of_text_digits(name, folder)
+    assets = digits_assets(folder)
     known = {
         "policy": assets.policy_path,
         "tokenizer": assets.tokenizer_path,
         "reward_judge": assets.reward_judge_path,
         "heldout_judge": assets.heldout_judge_path,
     }
-    name = path.removeprefix(_DIGITS)
     if name not in known:
-        raise ValueError(f"path: expected one of digits:{', digits:'.join(known)}, got {path!r}")
+        names = ", digits:".join([*known, *_TEXT_NAMES])
+        raise ValueError(f"path: expected one of digits:{names}, got {path!r}")
+    return known[name]
+
+
+def names_text_digits(text: str) -> bool:
+    """Whether a text, as the record of a config, holds a name of the task with captions."""
+    return any(f"{_DIGITS}{name}" in text for name in _TEXT_NAMES)
+
+
+def _of_text_digits(name: str, cache_dir: Path) -> Path:
+    from argrpo.digits.text_assets import text_digits_assets
+
+    assets = text_digits_assets(cache_dir)
+    known = {
+        "text_policy": assets.policy_path,
+        "text_encoder": assets.encoder_path,
+        "captions": assets.captions_path,
+    }
     return known[name]

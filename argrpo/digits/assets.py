@@ -1,22 +1,16 @@
 """The models of the digits task: trained on first use, then read from a cache folder.
 
 A cache entry carries a hash of everything that shapes it, so another recipe makes another entry.
-It is written beside its place under a hidden name and moved there whole: an interrupted build
-leaves no entry, and of two processes that ask at once one builds while the other waits. An entry
-that somebody took a model from is built again.
+An entry that somebody took a model from is built again.
 """
 
-import fcntl
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from argrpo.digits.base_policy import BasePolicyConfig, train_base_policy
+from argrpo.digits.cache_entry import building, write_entry
 from argrpo.digits.dataset import SPLIT_SIZES
 from argrpo.digits.judges import (
     HELDOUT_JUDGE,
@@ -103,7 +97,7 @@ def digits_assets(
     entry = cache_dir / f"digits-v{_VERSION}-{recipe.key}"
     if _is_whole(entry):
         return DigitsAssets.within(entry)
-    with _building(cache_dir, entry.name, progress):
+    with building(cache_dir, entry.name, progress):
         # Whoever held the lock before may have built it.
         if not _is_whole(entry):
             _build(entry, recipe, progress)
@@ -118,22 +112,11 @@ def _is_whole(entry: Path) -> bool:
 
 
 def _build(entry: Path, recipe: DigitsRecipe, progress: Progress) -> None:
-    prefix = f".{entry.name}."
-    # The lock is held, so these are what killed builds left behind.
-    for abandoned in entry.parent.glob(f"{prefix}*"):
-        if abandoned.is_dir():
-            shutil.rmtree(abandoned, ignore_errors=True)
-    draft = Path(tempfile.mkdtemp(prefix=prefix, dir=entry.parent))
-    try:
+    def fill(draft: Path) -> None:
         _train_into(DigitsAssets.within(draft), recipe, progress)
         (draft / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-        draft.chmod(0o755)  # mkdtemp makes folders that nobody else may read
-        if entry.exists():
-            shutil.rmtree(entry)
-        draft.rename(entry)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+
+    write_entry(entry, fill)
 
 
 def _train_into(assets: DigitsAssets, recipe: DigitsRecipe, progress: Progress) -> None:
@@ -143,23 +126,3 @@ def _train_into(assets: DigitsAssets, recipe: DigitsRecipe, progress: Progress) 
     save_tokenizer(tokenizer, assets.tokenizer_path)
     policy = train_base_policy(recipe.policy, tokenizer, progress)
     save_policy(policy, assets.policy_path)
-
-
-@contextmanager
-def _building(cache_dir: Path, name: str, progress: Progress) -> Iterator[None]:
-    """Hold the lock of an entry, waiting for another process that builds it."""
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = (cache_dir / f".{name}.lock").open("w")
-    except OSError as error:
-        raise OSError(
-            f"cache_dir: expected a folder that can be written, got {cache_dir}: {error.strerror}"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another process", 0, 1)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        # Closing the file lets go of the lock, also when the process is killed.
-        yield

@@ -22,6 +22,7 @@ from argrpo.rewards.sharing import SharedNetworks
 
 REWARDS = {
     "digits_judge": "argrpo.digits.judges:DigitJudgeReward",
+    "digits_attributes": "argrpo.digits.attribute_reward:AttributeReward",
     "clip": "argrpo.rewards.clip:ClipReward",
     "hpsv2": "argrpo.rewards.clip:Hpsv2Reward",
     "pickscore": "argrpo.rewards.clip:PickScoreReward",

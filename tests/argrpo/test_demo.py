@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from argrpo.config_files import TEXTS, parse_config
 from argrpo.demo import DemoConfig, DemoResult, run_demo
 from argrpo.digits import assets
 from argrpo.digits.assets import RECIPE, DigitsRecipe, digits_assets
 from argrpo.digits.evaluation import DigitsScores
+from argrpo.digits.text_assets import TEXT_RECIPE, TextDigitsRecipe, text_digits_assets
 from argrpo.digits.training import FitConfig
 from argrpo.run_folder import RunFolder
+from argrpo.sample_config import SampleConfig
+from argrpo.sampling import draw_samples
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,11 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reward_judge=replace(RECIPE.reward_judge, fit=short),
         heldout_judge=replace(RECIPE.heldout_judge, fit=replace(short, seed=1)),
     )
+    with_captions = TextDigitsRecipe(
+        digits=recipe, policy=replace(TEXT_RECIPE.policy, fit=short, num_views=1)
+    )
+    made = text_digits_assets(folder, recipe=with_captions).policy_path.parent
+    made.rename(folder / made.name.replace(with_captions.key, TEXT_RECIPE.key))
     made = digits_assets(folder, recipe=recipe).policy_path.parent
     made.rename(folder / made.name.replace(recipe.key, RECIPE.key))
     return folder
@@ -93,6 +103,37 @@ def test_a_taken_default_folder_is_left_alone(shown: tuple[DemoResult, str]) -> 
     taken = shown[0].folder.path.parent / "demo"
     assert shown[0].folder.path.name == "demo-2"
     assert list(taken.iterdir()) == []
+
+
+def test_the_task_with_captions_goes_from_texts_to_a_report(
+    cache_dir: Path, tmp_path: Path
+) -> None:
+    stream = io.StringIO()
+    config = DemoConfig(
+        task="text",
+        cache_dir=str(cache_dir),
+        output_dir=str(tmp_path / "run"),
+        num_steps=1,
+        num_evaluation_images=90,
+    )
+    result = run_demo(config, Console(file=stream, width=120))
+    record = json.loads(result.folder.evaluation_path.read_text())
+    assert {"accuracy", "place", "tilt", "all_true", "recall"} <= record["tuned"].keys()
+    assert record["base"] != record["tuned"]
+    page = result.folder.report_path.read_text()
+    assert "Before and after" in page
+    assert "all_true" in page
+    assert "all_true" in stream.getvalue()
+    row = json.loads(result.folder.metrics_path.read_text().splitlines()[-1])
+    assert 0 < row["rewards/digits_attributes/mean"] < 1
+    # What the last line says to go on with.
+    flags = stream.getvalue().partition("argrpo sample ")[2].splitlines()[0]
+    words = [*shlex.split(flags), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    lists = {"--prompts": TEXTS}
+    drawn = parse_config(SampleConfig, words, command="argrpo sample", lists=lists)
+    folder = draw_samples(replace(drawn, cache_dir=str(cache_dir)))
+    assert json.loads((folder / "prompts.json").read_text()) == ["a handwritten seven, tilted left"]
+    assert np.load(folder / "tokens.npy").shape == (4, 64)
 
 
 def test_an_interrupted_preparation_leaves_no_folder(

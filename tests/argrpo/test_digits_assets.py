@@ -71,7 +71,7 @@ def test_the_second_call_trains_nothing(
 def test_a_cache_that_cannot_be_written_is_read(
     built: DigitsAssets, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assets, "_building", None)
+    monkeypatch.setattr(assets, "building", None)
     assert digits_assets(cache_dir, recipe=tiny()) == built
 
 
