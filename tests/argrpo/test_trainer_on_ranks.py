@@ -192,22 +192,18 @@ def test_two_ranks_repeat_twenty_steps_bit_for_bit(
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"prompts_per_step": 8, "minibatches": 2, "inner_epochs": 2, "weight_ema": 0.9},
         {"prompts_per_step": 2, "distributed": DistributedConfig(split_groups=True)},
         {"parity": ParityConfig(label_dropout=0.5), "reward": "missing_where_dark"},
         {"dtype": "bfloat16"},
-        {"distributed": SPREAD, "inner_epochs": 2},
         {"distributed": SPREAD, "dtype": "bfloat16", "gradient_checkpointing": True},
         {"distributed": SPREAD, "objective": ObjectiveConfig(policy="guided", beta=0.1)},
     ],
     ids=[
-        "plain",
         "minibatches",
         "split groups",
         "dropout",
         "bfloat16",
-        "spread weights",
         "spread bfloat16",
         "spread guided",
     ],
