@@ -26,6 +26,7 @@ from argrpo.evaluation.image_set import ImageSet, NetworkLook
 from argrpo.evaluation.image_source import DrawPlan, ImageSource
 from argrpo.evaluation.sample_files import LABELS
 from argrpo.evaluation.sharing import own_share
+from argrpo.models.pairing import check_guidance
 from argrpo.progress import Report, unreported
 from argrpo.ranks import is_first, meet
 from argrpo.run_folder import write_atomically
@@ -124,6 +125,12 @@ def _jobs(config: C2iConfig, device: torch.device) -> Iterator[tuple[_Job, Image
     """All policies and scales; a policy is loaded when its turn comes, and one at a time."""
     for name, path in config.policies.items():
         policy, tokenizer = load_models(config, path, device)
+        if policy.config.model_type != "c2i":
+            raise ValueError(
+                f"policy: expected class-conditional policies, got {path}, which reads texts; "
+                "argrpo eval t2i takes it"
+            )
+        check_guidance(policy, "guidance_scales", *config.guidance_scales)
         labels = classes_of(config, policy.config.num_classes)
         batch = min(config.batch, config.num_images)
         plan = DrawPlan(labels, config.seed, batch, config.decode_batch, config.pixels)

@@ -29,6 +29,7 @@ from argrpo.evaluation.image_source import DrawPlan, ImageSource
 from argrpo.evaluation.judge_panel import SCORES, JudgePanel, win_rate, win_rate_error
 from argrpo.evaluation.sharing import own_share
 from argrpo.model_paths import resolve_path
+from argrpo.models.pairing import check_guidance
 from argrpo.progress import Report, unreported
 from argrpo.prompt_folders import PromptFolders
 from argrpo.ranks import is_first, meet
@@ -138,6 +139,7 @@ def _jobs(
     plan = DrawPlan(conditions, config.seed, batch, config.decode_batch, config.pixels)
     for name, path in config.policies.items():
         policy, tokenizer = load_models(config, path, device)
+        check_guidance(policy, "guidance_scale", config.guidance_scale)
         source = ImageSource(policy, tokenizer, plan)
         settings = source.settings(config.sampling_params(config.guidance_scale))
         yield (

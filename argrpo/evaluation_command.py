@@ -12,7 +12,6 @@ from argrpo.eval_c2i_config import C2iConfig, resolved
 from argrpo.eval_t2i import evaluate_texts
 from argrpo.eval_t2i_config import T2iConfig
 from argrpo.evaluation_tables import tell_c2i, tell_t2i, tell_unfinished, wide_console
-from argrpo.process_group import process_group
 from argrpo.progress import stage_progress, unreported
 from argrpo.ranks import is_first
 from argrpo.side_by_side import write_side_by_side
@@ -51,8 +50,7 @@ def run_evaluation(
         raise SystemExit(0)
     if kind not in commands:
         raise ValueError(f"eval: expected {' or '.join(commands)}, got {kind or 'nothing'}")
-    with process_group():
-        commands[kind](arguments[1:], cache_dir, prepare)
+    commands[kind](arguments[1:], cache_dir, prepare)
 
 
 def _c2i(arguments: list[str], cache_dir: Callable[[str | None], str], prepare: Prepare) -> None:

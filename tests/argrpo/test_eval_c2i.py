@@ -307,6 +307,16 @@ def test_settings_are_refused_by_name(
         replace(config, **change)
 
 
+def test_policies_that_read_texts_are_refused_before_a_draw(
+    config: C2iConfig, tmp_path: Path
+) -> None:
+    sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 32, "vocab_size": 32}
+    grid = {"image_size": 32, "downsample": 4, "caption_dim": 8, "prefix_len": 5}
+    save_policy(LlamaGen(LlamaGenConfig(**sizes, **grid, model_type="t2i")), tmp_path / "text")
+    with pytest.raises(ValueError, match=r"expected class-conditional policies, .* reads texts"):
+        evaluate_classes(replace(config, policy=str(tmp_path / "text")))
+
+
 def test_names_from_digits_takes_the_embedded_judge_and_reference(config: C2iConfig) -> None:
     bare = replace(config, features_path=None, reference=None, names_from="digits")
     found = resolved(bare)
