@@ -1,7 +1,7 @@
 """Where the wall time of a step goes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +17,15 @@ class StepClock:
     A phase is a range of the same name for whoever profiles the run.
     """
 
-    def __init__(self, device: torch.device, ranges: Ranges = no_ranges) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        ranges: Ranges = no_ranges,
+        seconds: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`seconds` counts up; benches on a busy CPU take the time of the process alone."""
         self._device = device
+        self._read = seconds
         self._ranges = ranges
         self._seconds: dict[str, float] = {}
         self._started = 0.0
@@ -42,11 +49,11 @@ class StepClock:
         """As `phase`, where phases overlap on a GPU: the time of the host alone, so that what is
         queued counts to the phase that waits for it."""
         with self._ranges(name):
-            started = time.perf_counter()
+            started = self._read()
             try:
                 yield
             finally:
-                self._seconds[name] += time.perf_counter() - started
+                self._seconds[name] += self._read() - started
 
     def finish_step(self, num_images: int, num_tokens: int) -> dict[str, float]:
         """step_time and time/<phase> in seconds, and what they amount to."""
@@ -62,4 +69,4 @@ class StepClock:
         # The queue has to be empty, or a phase would be charged for the one before it.
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return self._read()

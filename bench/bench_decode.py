@@ -29,7 +29,7 @@ import torch
 from result_rows import Row, append_row, environment, rows_like
 from rollout_peers import or_a_line
 from step_case import TOKENIZERS
-from timing import Call, Ceilings, ceilings_of, clock_of, pinned_threads
+from timing import Call, Ceilings, ceilings_of, clock_named, pinned_threads
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from turns import OtherWork, PeakMemory, measure_in_turns
@@ -133,7 +133,8 @@ def rows_of(case: DecodeCase, args: argparse.Namespace, ceilings: dict[str, Ceil
     decoders = check_same(contenders(case, args.dtypes, compiled=args.compiled))
     calls: dict[str, Call] = {" ".join(key): decode for key, decode in decoders.items()}
     peaks = {name: _peak_bytes(case.device, call) for name, call in calls.items()}
-    timings = measure_in_turns(calls, clock_of(case.device), warmup=1, samples=args.samples)
+    clock = clock_named(args.clock, case.device, args.threads)
+    timings = measure_in_turns(calls, clock, warmup=1, samples=args.samples)
     flops, baseline = case.flops(), timings[f"{OURS} float32"].p50_us
     rows = []
     for name, dtype in decoders:
@@ -165,7 +166,7 @@ def _peak_bytes(device: torch.device, call: Call) -> int:
     return memory.taken()
 
 
-def facts_of(case: DecodeCase, threads: int) -> Row:
+def facts_of(case: DecodeCase, threads: int, clock: str) -> Row:
     """What all rows of a case have in common."""
     facts: Row = {
         "bench": "decode",
@@ -179,6 +180,7 @@ def facts_of(case: DecodeCase, threads: int) -> Row:
         **environment(case.device),
     }
     if case.device.type == "cpu":
+        facts["clock"] = clock
         facts |= {"device": cpu_model(), "cpu_features": " ".join(cpu_features())}
         facts["threads"] = threads
     return facts
@@ -205,6 +207,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--compiled", action="store_true", default=None, help="torch.compile too; on a GPU")
     add("--device", type=torch.device, default=torch.device("cpu"))
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="on a CPU")
+    add("--clock", choices=["wall", "process"], default="wall", help="process: one thread's CPU")
     add("--samples", type=int, help="timed calls: 20 on a GPU, 2 on a CPU")
     add("--output", type=Path, help="rows are appended here")
     add("--resume", action="store_true", help="leave out cases with rows of this commit in output")
@@ -226,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         make = partial(DecodeCase, device=args.device, tokenizer=args.tokenizer)
         for image_size, batch in product(args.image_size, args.batches):
             case = make(image_size, batch)
-            facts = facts_of(case, args.threads)
+            facts = facts_of(case, args.threads, args.clock)
             known = rows_like(args.output, facts)
             if args.resume and any(row["case"] == case.name for row in known):
                 continue

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from result_rows import Row, append_row, environment, rows_like
-from timing import clock_of, pinned_threads
+from timing import Clock, clock_named, pinned_threads
 from torch import Tensor
 from turns import OtherWork, PeakMemory, measure_in_turns
 
@@ -123,7 +123,7 @@ def check_same(inputs: Inputs, count: int) -> float:
     return apart
 
 
-def rows_of(case: LooCase, samples: int, brute_images: int) -> list[Row]:
+def rows_of(case: LooCase, clock: Clock, samples: int, brute_images: int) -> list[Row]:
     """Ours and brute force."""
     inputs, count = Inputs(case), min(brute_images, case.images)
     apart = check_same(inputs, count)
@@ -136,7 +136,7 @@ def rows_of(case: LooCase, samples: int, brute_images: int) -> list[Row]:
         memory = PeakMemory(case.device)
         call()
         peaks[name] = memory.taken()
-    timings = measure_in_turns(calls, clock_of(case.device), warmup=0, samples=samples)
+    timings = measure_in_turns(calls, clock, warmup=0, samples=samples)
     scale = {OURS: 1.0, BRUTE: case.images / count}
     ours = timings[OURS].p50_us
     return [
@@ -155,7 +155,7 @@ def rows_of(case: LooCase, samples: int, brute_images: int) -> list[Row]:
     ]
 
 
-def facts_of(case: LooCase, threads: int) -> Row:
+def facts_of(case: LooCase, threads: int, clock: str) -> Row:
     """What both rows of a case have in common."""
     facts: Row = {
         "bench": "loo_fid",
@@ -168,6 +168,7 @@ def facts_of(case: LooCase, threads: int) -> Row:
         **environment(case.device),
     }
     if case.device.type == "cpu":
+        facts["clock"] = clock
         facts |= {"device": cpu_model(), "cpu_features": " ".join(cpu_features())}
         facts["threads"] = threads
     return facts
@@ -189,6 +190,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--brute_images", type=int, default=2, help="images that brute force is measured on")
     add("--device", type=torch.device, default=torch.device("cpu"))
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="on a CPU")
+    add("--clock", choices=["wall", "process"], default="wall", help="process: one thread's CPU")
     add("--samples", type=int, default=2, help="timed calls")
     add("--output", type=Path, help="rows are appended here")
     add("--resume", action="store_true", help="leave out cases with rows of this commit in output")
@@ -205,14 +207,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     with pinned_threads(args.threads) if args.device.type == "cpu" else nullcontext():
+        clock = clock_named(args.clock, args.device, args.threads)
         for images, features in args.sizes:
             for kind in args.kinds:
                 case = LooCase(kind, images, features, args.device)
-                facts = facts_of(case, args.threads)
+                facts = facts_of(case, args.threads, args.clock)
                 known = rows_like(args.output, facts)
                 if args.resume and any(row["case"] == case.name for row in known):
                     continue
-                others, rows = OtherWork(), rows_of(case, args.samples, args.brute_images)
+                others, rows = OtherWork(), rows_of(case, clock, args.samples, args.brute_images)
                 facts["others_busy_cores"] = round(others.busy_cores(), 2)
                 print(case.name)
                 print(table(rows), flush=True)

@@ -29,7 +29,7 @@ from rollout_peers import or_a_line
 from step_case import TOKENIZERS, TOWERS, Judges, StepCase, StepContender
 from step_checks import differences
 from step_ours import OurStep
-from timing import pinned_threads
+from timing import clock_named, pinned_threads
 from turns import OtherWork, PeakMemory, timing_of
 
 from argrpo.environment import cpu_features, cpu_model
@@ -150,7 +150,7 @@ def facts_of(case: StepCase, args: argparse.Namespace) -> Row:
     }
     if draw.device.type == "cpu":
         facts |= {"device": cpu_model(), "cpu_features": " ".join(cpu_features())}
-        facts["threads"] = args.threads
+        facts |= {"threads": args.threads, "clock": args.clock}
     return facts
 
 
@@ -182,6 +182,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), help="bfloat16 on a GPU, float32 on a CPU")
     add("--device", type=torch.device, default=torch.device("cpu"))
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="on a CPU")
+    add("--clock", choices=["wall", "process"], default="wall", help="process: one thread's CPU")
     add("--warmup", type=int, help="steps that are not counted: 2 on a GPU, 0 on a CPU")
     add("--samples", type=int, help="steps that are: 5 on a GPU, 2 on a CPU")
     add("--peer", nargs="+", choices=["none", *PEERS], default=["plain"])
@@ -197,6 +198,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.warmup = (2 if gpu else 0) if args.warmup is None else args.warmup
     args.output = args.output or RESULTS / f"step_{'gpu' if gpu else 'cpu'}.jsonl"
     args.peer = [name for name in args.peer if name != "none"]
+    try:
+        clock_named(args.clock, args.device, args.threads)
+    except ValueError as error:
+        parser.error(str(error))
     for images in args.images:
         group = args.group or min(8, images)
         if images < 2 or group < 2 or images % group:
@@ -219,6 +224,7 @@ def cases_of(args: argparse.Namespace) -> list[StepCase]:
             micro_batch=args.micro_batch,
             judges=tuple(args.judges),
             tokenizer=args.tokenizer,
+            clock=args.clock,
         )
         for model in args.models
         for images in args.images

@@ -53,4 +53,6 @@ def source_of(row: Row) -> str:
         threads = ", 1 thread"
     busy = row.get("others_busy_cores")
     shared = "" if busy is None else f", others kept {busy:.2f} cores busy"
+    if row.get("clock") == "process":
+        threads += ", CPU time of the process"
     return f"{row['device']}{threads}, {row['date']}, commit {row['commit']}{shared}"

@@ -31,7 +31,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from argrpo.models.llamagen import LlamaGen
 from argrpo.models.vq import VQTokenizer
-from argrpo.step_clock import StepClock
 
 _EPSILON, _LEARNING_RATE, _MAX_NORM = 0.2, 1e-5, 1.0
 
@@ -72,7 +71,7 @@ class PlainStep:
             self._weights, lr=_LEARNING_RATE, weight_decay=0.0, fused=True
         )
         self._labels = case.labels
-        self._clock = StepClock(case.draw.device)
+        self._clock = case.make_clock()
         self.facts = {"how": "plain PyTorch, eager: " + _HOW}
 
     def pixels(self, token_ids: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ computes, without files. Their pixels are prepared on the device for everybody.
 Shapes: N images, T image tokens, H x W pixels.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +24,7 @@ from argrpo.config import PolicyConfig, TokenizerConfig, TrainConfig
 from argrpo.models.vq import VQConfig, VQTokenizer
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.reward_config import RewardConfig
+from argrpo.step_clock import StepClock
 
 BETA = 0.1  # of the KL, and below: AR-GRPO's class-conditional run
 _PIXELS = 224
@@ -63,6 +65,7 @@ class StepCase:
     micro_batch: int  # images of a forward and backward pass
     judges: tuple[str, ...]
     tokenizer: str = "VQ-16"
+    clock: str = "wall"  # or process, see timing.ProcessClock
 
     @property
     def name(self) -> str:
@@ -83,6 +86,11 @@ class StepCase:
         with self.draw.device:
             tokenizer = VQTokenizer(TOKENIZERS[self.tokenizer])
         return tokenizer.to(dtype=self.draw.dtype).eval().requires_grad_(False)
+
+    def make_clock(self) -> StepClock:
+        """Splits a step into its phases."""
+        seconds = time.process_time if self.clock == "process" else time.perf_counter
+        return StepClock(self.draw.device, seconds=seconds)
 
     def make_judges(self) -> "Judges":
         return Judges([Tower(name, self.draw) for name in self.judges])

@@ -10,7 +10,6 @@ from argrpo.learner import Learner
 from argrpo.loss_batch import LossBatch, LossScale
 from argrpo.models.llamagen import LlamaGen
 from argrpo.models.vq import VQTokenizer
-from argrpo.step_clock import StepClock
 from argrpo.token_scores import TokensToScore, head_inputs
 
 
@@ -26,7 +25,7 @@ class OurStep:
         self._labels = case.labels
         self._learner = Learner(policy, case.config)
         self._engine = RolloutEngine(policy, max_slots=case.draw.images)
-        self._clock = StepClock(case.draw.device)
+        self._clock = case.make_clock()
         self._num_steps = 0
         self.facts = {
             "how": "as argrpo train makes it: log-probs and entropies fused, fp32 masters"

@@ -38,6 +38,18 @@ class WallClock:
         return time.perf_counter() - start
 
 
+class ProcessClock:
+    """CPU seconds of this process, for one thread on a machine that others use.
+
+    What the wall clock would show if nobody else worked, but for the caches that they fill.
+    """
+
+    def seconds(self, work: Call) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+
 class EventClock:
     """The device's clock: two events around the work, in the stream that it is queued in."""
 
@@ -53,6 +65,22 @@ class EventClock:
 def clock_of(device: torch.device) -> Clock:
     """The clock for work on this device."""
     return EventClock() if device.type == "cuda" else WallClock()
+
+
+def clock_named(name: str, device: torch.device, threads: int) -> Clock:
+    """The clock that `--clock` names: wall, or process for one thread of a CPU.
+
+    Raises:
+        ValueError: process on a GPU, or with several threads, whose seconds would add up.
+    """
+    if name == "wall":
+        return clock_of(device)
+    if device.type != "cpu" or threads != 1:
+        raise ValueError(
+            f"clock: expected wall on a {device.type} with {threads} thread(s), got {name}; "
+            "process wants --device cpu --threads 1"
+        )
+    return ProcessClock()
 
 
 @dataclass(frozen=True)

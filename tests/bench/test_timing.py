@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -151,3 +152,17 @@ def test_a_graph_of_copies_takes_what_its_bytes_take(timing: ModuleType) -> None
     work = timing.Work(2 * source.numel() * 4, 0)
     assert 90 <= ceilings.percent(got, work) <= 110
     assert torch.equal(source, target)
+
+
+def test_the_clock_of_the_process_counts_no_waiting(timing: ModuleType) -> None:
+    cpu = torch.device("cpu")
+    wall, process = (timing.clock_named(name, cpu, 1) for name in ("wall", "process"))
+    assert wall.seconds(lambda: time.sleep(0.05)) >= 0.05
+    assert process.seconds(lambda: time.sleep(0.05)) < 0.05
+    assert process.seconds(lambda: sum(range(300_000))) > 0
+
+
+def test_the_clock_of_the_process_is_for_one_thread_of_a_cpu(timing: ModuleType) -> None:
+    for device, threads in (("cpu", 2), ("cuda", 1)):
+        with pytest.raises(ValueError, match="process wants --device cpu --threads 1"):
+            timing.clock_named("process", torch.device(device), threads)
