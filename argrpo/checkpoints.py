@@ -103,6 +103,7 @@ def read_checkpoint(path: Path) -> Snapshot:
     manifest = _manifest(path)
     _check_files(path, manifest["files"], _FILES)
     state = _json(path / _STATE)
+    _check_parts(path.resolve().parent, state.get("optimizer_parts"))
     reference = reference_name(path)
     match state.get("step"), state.get("num_updates"):
         case int(step), int() | None as num_updates:
@@ -213,6 +214,19 @@ def _check_files(path: Path, listed: dict[str, Any], wanted: set[str]) -> None:
             raise InvalidCheckpoint(
                 f"{name}: expected sha256 {said['sha256'][:16]}..., got {found[:16]}..."
             )
+
+
+def _check_parts(folder: Path, name: object) -> None:
+    """Sizes of an optimizer's parts beside a checkpoint; their bytes are checked by who reads them,
+    each rank its share (sharded_state.py)."""
+    if name is None:
+        return
+    listed = _json(folder / str(name) / "shards.json")
+    for file, record in listed.items():
+        path = folder / str(name) / file
+        size = path.stat().st_size if path.is_file() else None
+        if size != record[0]:
+            raise InvalidCheckpoint(f"{name}/{file}: expected {record[0]} bytes, got {size}")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> FileRecord:
