@@ -40,6 +40,25 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
+def check_random_state(state: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        ValueError: a generator is missing or unknown, or its state is of another shape or dtype.
+    """
+    wanted = random_state(torch.device("cpu"))
+    unknown = state.keys() - wanted.keys() - {"cuda"}
+    for name in sorted(wanted.keys() | unknown):
+        found, own = state.get(name), wanted.get(name)
+        # Python's generator holds a number for next time, or does not.
+        is_free = name == "python_gauss"
+        if found is None or own is None or found.dtype != own.dtype:
+            raise ValueError(f"random.{name}: expected the state of a generator, got another")
+        if found.shape != own.shape and not (is_free and found.shape in ((0,), (1,))):
+            raise ValueError(
+                f"random.{name}: expected shape {list(own.shape)}, got {list(found.shape)}"
+            )
+
+
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Go on where `random_state` was taken; a run that moved to a GPU keeps that one's.
 

@@ -30,7 +30,7 @@ from argrpo.evaluation.during_training import Evaluation
 from argrpo.learner import Learner
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.loading import load_published_weights, policy_record, published_weights
-from argrpo.random_state import seed_generators, set_random_state
+from argrpo.random_state import check_random_state, seed_generators, set_random_state
 from argrpo.ranks import is_first
 from argrpo.run_folder import plain
 from argrpo.state_names import part_of, with_prefixes
@@ -186,3 +186,4 @@ class RunState:
         pending = state["pending"]
         self.pending = None if pending is None else StepOutcome(**pending)
         self._random = part_of(parts, "random")
+        check_random_state(self._random)
