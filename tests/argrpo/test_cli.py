@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -364,17 +365,23 @@ class _Parsed(Exception):
     """A command has read its words."""
 
 
-def test_the_commands_of_the_readme_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_readme_parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def only_parsed(*arguments: object, **options: object) -> None:
         parse_config(*arguments, **options)
         raise _Parsed
 
-    for place in ("config_files", "evaluation_command"):
+    # config_files last: a module that is first imported here must keep the real one.
+    for place in ("evaluation_command", "train_command", "config_files"):
         monkeypatch.setattr(f"argrpo.{place}.parse_config", only_parsed)
     text = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", "")
     commands = [line.split("#")[0] for line in re.findall(r"\n    argrpo (.*)", text)]
     parsed = [shlex.split(command) for command in commands]
     assert {words[0] for words in parsed} >= {"train", "sample"}
+    preset = resources.files("argrpo.configs").joinpath("digits.yaml").read_text(encoding="utf-8")
+    (tmp_path / "runs" / "warm").mkdir(parents=True)
+    for file in ("my.yaml", "runs/warm/config.yaml"):  # the reader's own
+        (tmp_path / file).write_text(preset, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     for command, *words in parsed:
         with pytest.raises(_Parsed):
             cli._COMMANDS[command].prepare(words)

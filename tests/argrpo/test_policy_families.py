@@ -14,9 +14,10 @@ from torch import Tensor
 from argrpo.cli import DONE, WRONG_INPUT, main
 from argrpo.config import TrainConfig
 from argrpo.config_files import parse_config
-from argrpo.data import Prompt
+from argrpo.data import Prompt, load_prompts
 from argrpo.data_config import DataConfig
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.memory_preflight import forecast_memory
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy
@@ -113,21 +114,22 @@ def test_a_taming_policy_learns_the_reward(models: Path, tmp_path: Path) -> None
             config.optimizer, learning_rate=replace(config.optimizer.learning_rate, peak=3e-3)
         ),
     )
-    trainer = Trainer(learning, [])
-    recorder: list[dict[str, float]] = []
-    trainer._log = lambda step, metrics: recorder.append(metrics)  # type: ignore[method-assign]
-    trainer.train()
-    rewards = [row["reward"] for row in recorder]
+    Trainer(learning).train()  # without other trackers, rows go to metrics.jsonl alone
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "reward" in row]
+    rewards = [row["reward"] for row in rows]
     # 8 steps of 48 images; without learning the difference of two such means has this error, and
     # three of them come by chance once in 700 runs.
-    error = recorder[0]["reward_std"] * (2 / (8 * 48)) ** 0.5
+    error = rows[0]["reward_std"] * (2 / (8 * 48)) ** 0.5
     assert sum(rewards[-8:]) / 8 - sum(rewards[:8]) / 8 > 3 * error
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_memory_of_a_step_is_foreseen(family: str, models: Path, tmp_path: Path) -> None:
-    trainer = Trainer(config_of(models, family, tmp_path / "run"), [])
-    forecast = trainer._forecast
+    config = config_of(models, family, tmp_path / "run")
+    trainer = Trainer(config, [])
+    probe = load_prompts(config.data).probe()
+    forecast = forecast_memory(trainer.policy, config, probe)
     own = sum(weight.nbytes for weight in trainer.policy.parameters())
     assert forecast.weights == 2 * own, "the policy and its reference"
     assert forecast.optimizer == 2 * own, "two moments in fp32; fp32 weights are their masters"
