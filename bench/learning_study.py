@@ -89,6 +89,8 @@ def planned(size: Size, rows: list[Row]) -> Iterator[Job]:
             judge = Job(arm="judge", seed=seed, **longer)
             yield judge
             yield replace(judge, arm="judge_loofid", loo_fid_weight=chosen)
+        # The released weight, where there is recall to give back.
+        yield Job(arm="judge_loofid", seed=first, loo_fid_weight=CANDIDATES[-1], **longer)
     for weight in size.more_weights:
         yield Job(arm="judge_loofid", seed=first, loo_fid_weight=weight, **sizes)
 

@@ -84,15 +84,26 @@ def by_arm(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 
 
 def longer_runs(rows: Sequence[Row]) -> dict[tuple[int, float], dict[str, dict[int, Row]]]:
-    """By images drawn and weight of the KL: the longer runs as arms, beside the base."""
-    usual = usual_rows(rows)
+    """By images drawn and weight of the KL: the longer runs as arms, beside the base; of LOO-FID's
+    those with the weight of the arms."""
+    usual, chosen = usual_rows(rows), chosen_weight(rows)
+    base = {row["seed"]: row for row in usual if row["arm"] == "base"}
     found: dict[tuple[int, float], dict[str, dict[int, Row]]] = {}
     for row in rows:
-        if row not in usual:
-            base = {r["seed"]: r for r in usual if (r["arm"], r["seed"]) == ("base", row["seed"])}
-            arms = found.setdefault((row["images"], row["beta"]), {"base": base})
+        if row not in usual and row["loo_fid_weight"] in (0.0, chosen):
+            arms = found.setdefault((row["images"], row["beta"]), {"base": {}})
             arms.setdefault(row["arm"], {})[row["seed"]] = row
+            if row["seed"] in base:
+                arms["base"][row["seed"]] = base[row["seed"]]
     return found
+
+
+def longer_frontier(rows: Sequence[Row], images: int, beta: float) -> list[Row]:
+    """The longer runs of the first seed at one weight of the KL, by the weight of LOO-FID."""
+    first = min((row["seed"] for row in rows), default=0)
+    wanted = {"seed": first, "images": images, "beta": beta}
+    own = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return sorted(own, key=lambda row: (row["arm"] != "judge", row["loo_fid_weight"]))
 
 
 def images_to_reach(rewards: Sequence[float], target: float, images_per_step: int) -> float:

@@ -10,6 +10,7 @@ from study_claims import (
     claims,
     claims_on_rewards,
     frontier_rows,
+    longer_frontier,
     longer_runs,
     score,
     spread,
@@ -91,16 +92,17 @@ def _frontier_table(rows: Sequence[Row]) -> list[str]:
     frontier = frontier_rows(rows)
     if len(frontier) < 2:
         return []
-    lines = [
-        f"## The frontier: seed {frontier[0]['seed']}, guidance {GUIDANCE:g}",
-        "",
-        f"| rewards | {' | '.join(MEASURES)} |",
-        f"|---|{'---|' * len(MEASURES)}",
-    ]
-    for row in frontier:
+    title = f"## The frontier: seed {frontier[0]['seed']}, guidance {GUIDANCE:g}"
+    chosen = f"Chosen for the arms: weight {chosen_weight(rows):g}."
+    return [title, "", *_by_rewards(frontier), "", chosen, ""]
+
+
+def _by_rewards(rows: Sequence[Row]) -> list[str]:
+    lines = [f"| rewards | {' | '.join(MEASURES)} |", f"|---|{'---|' * len(MEASURES)}"]
+    for row in rows:
         cells = " | ".join(cell([row], measure, GUIDANCE) for measure in MEASURES)
         lines.append(f"| {frontier_name(row)} | {cells} |")
-    return [*lines, "", f"Chosen for the arms: weight {chosen_weight(rows):g}.", ""]
+    return lines
 
 
 def _longer_sections(rows: Sequence[Row]) -> list[str]:
@@ -108,6 +110,10 @@ def _longer_sections(rows: Sequence[Row]) -> list[str]:
     for (images, beta), arms in longer_runs(rows).items():
         lines += [f"## Further on: {images:,} images, weight of the KL {beta:g}", ""]
         lines += [*_arm_table(arms), "", *[f"{text}\n" for text in claims_on_rewards(arms)]]
+        frontier = longer_frontier(rows, images, beta)
+        if len({row["loo_fid_weight"] for row in frontier}) > 2:
+            lines += [f"Seed {frontier[0]['seed']}, guidance {GUIDANCE:g}:", ""]
+            lines += [*_by_rewards(frontier), ""]
     return lines
 
 

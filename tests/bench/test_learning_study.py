@@ -103,12 +103,13 @@ def test_the_weights_come_first_and_then_every_arm_of_one_seed_after_another() -
         ("judge_loofid", 0.5),
         ("judge_loofid", 2.0),
     ]
-    assert [(job.seed, job.arm, job.steps) for job in jobs[3:-5]] == [
+    assert [(job.seed, job.arm, job.steps) for job in jobs[3:-6]] == [
         (seed, arm, 56) for seed in (0, 1) for arm in arms.ARMS
     ]
-    assert [(job.arm, job.seed, job.steps, job.beta) for job in jobs[-5:-1]] == [
+    assert [(job.arm, job.seed, job.steps, job.beta) for job in jobs[-6:-2]] == [
         (arm, seed, 168, 0.03) for seed in (0, 1) for arm in ("judge", "judge_loofid")
     ]
+    assert (jobs[-2].seed, jobs[-2].steps, jobs[-2].loo_fid_weight) == (0, 168, 2.0)
     assert jobs[-1].loo_fid_weight == 9.0
 
 

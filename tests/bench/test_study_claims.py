@@ -164,6 +164,21 @@ def test_long_runs_have_a_section_of_their_own_and_are_no_arm() -> None:
     assert "0.950" not in page.partition("## Further on")[0]
 
 
+def test_long_runs_stand_beside_the_base_of_every_seed_and_other_weights_apart() -> None:
+    long = {"steps": 48, "images": 3 * row("judge", 0)["images"]}
+    rows = [*frontier(), *(row("base", seed) for seed in SEEDS)]
+    for seed in SEEDS:
+        rows += [row("judge", seed) | long, row("judge_loofid", seed, weight=2.0) | long]
+    rows.append(row("judge_loofid", 0, weight=0.5, recall=0.123) | long)
+    (sections,) = told.longer_runs(rows).values()
+    assert {arm: sorted(seeds) for arm, seeds in sections.items()} == {
+        arm: [0, 1, 2] for arm in ("base", "judge", "judge_loofid")
+    }
+    assert {r["loo_fid_weight"] for r in sections["judge_loofid"].values()} == {2.0}
+    page = tables.summary(rows)
+    assert "| judge, entropy, LOO-FID 0.5 | 0.700 | 0.500 | 0.123 |" in page.split("Further on")[1]
+
+
 def test_the_plots_are_drawn_from_whatever_rows_there_are(tmp_path: Path) -> None:
     plots.draw_plots([row("base", 0), row("judge", 0)], tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
