@@ -223,8 +223,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     with pinned_threads(args.threads) if args.device.type == "cpu" else nullcontext():
+        clock = clock_named(args.clock, args.device, args.threads)
         ceilings = {
-            name: ceilings_of(args.device, DTYPES[name]) for name in {*args.dtypes, "float32"}
+            name: ceilings_of(args.device, DTYPES[name], clock)
+            for name in {*args.dtypes, "float32"}
         }
         make = partial(DecodeCase, device=args.device, tokenizer=args.tokenizer)
         for image_size, batch in product(args.image_size, args.batches):

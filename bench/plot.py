@@ -129,6 +129,7 @@ def phases(axes: Any, rows: Sequence[Row]) -> None:
         axes.barh(names, seconds, left=below, color=_PHASE_COLORS[phase], label=phase)
         below = [start + part for start, part in zip(below, seconds, strict=True)]
     axes.invert_yaxis()
+    axes.set_xlim(right=1.3 * max(below))  # room for the legend
     axes.set_xlabel("seconds a step")
     _finish(axes, run)
 
@@ -147,7 +148,8 @@ def _finish(axes: Any, run: dict[str, Row]) -> None:
     what = (
         f"{one['model']} {one['image_size']} px, guidance {one['guidance_scale']:g}, {one['dtype']}"
     )
-    axes.set_title(f"{what}\n{source_of(one)}", fontsize=7, loc="right")
+    axes.set_title(what, fontsize=9, loc="right")
+    axes.set_xlabel(f"{axes.get_xlabel()}\n{source_of(one)}", fontsize=7)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
 

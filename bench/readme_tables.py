@@ -203,7 +203,7 @@ def _leave_one_out(results: Path) -> list[str]:
         table.append(
             [
                 case.removeprefix("loo_fid "), high(ours["p50_ms"]), low(brute["p50_ms"]),
-                low(brute["over_ours"]), high(ours["difference"], 2),
+                low(brute["over_ours"]), f"{Decimal(high(ours['difference'], 2)):.1e}",
             ]
         )  # fmt: skip
     one = list(runs.values())[-1][0]

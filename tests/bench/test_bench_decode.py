@@ -21,7 +21,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(BENCH))
     module = importlib.import_module("bench_decode")
     ceilings = importlib.import_module("timing").Ceilings
-    monkeypatch.setattr(module, "ceilings_of", lambda device, dtype: ceilings(1e9, 1e9))
+    monkeypatch.setattr(module, "ceilings_of", lambda device, dtype, clock: ceilings(1e9, 1e9))
     yield module
     for name in SCRIPTS:
         sys.modules.pop(name, None)
