@@ -162,12 +162,19 @@ class TrainConfig:
             at_least("kv_bytes", self.kv_bytes, 1)
         if not self.rewards:
             raise ValueError("rewards: expected at least one judge, got none")
+        if not any(judge.weight for judge in self.rewards):
+            raise ValueError(
+                "rewards: expected at least one judge of another weight than 0, got "
+                f"{', '.join(judge.name for judge in self.rewards)}, which only measure; monitors "
+                "are for that"
+            )
         if self.rollout.temperature == 0:
             raise ValueError(
                 "rollout.temperature: expected above 0, got 0; greedy images of a prompt are all "
                 "the same and leave nothing to compare"
             )
         self._check_objective()
+        self._check_parity()
 
     def _check_objective(self) -> None:
         objective, drawn = self.objective, self.rollout
@@ -183,21 +190,39 @@ class TrainConfig:
                 f"objective.entropy_coef: expected 0 with entropy.control {self.entropy.control}, "
                 f"which sets it, got {objective.entropy_coef}"
             )
+        is_moving = self.updates_per_step > 1
+        has_cap = objective.importance_sampling_cap is not None
+        if has_cap and is_moving and objective.old_logprobs == "draw":
+            raise ValueError(
+                "objective.importance_sampling_cap: expected none with objective.old_logprobs draw "
+                f"and {self.updates_per_step} updates a rollout, whose ratios compare with the "
+                f"draw already, got {objective.importance_sampling_cap:g}; or set recomputed"
+            )
+        if objective.clip_components and self.advantage.aggregation == "sum_then_normalize":
+            raise ValueError(
+                "objective.clip_components: expected rewards that are normalised apart, got "
+                f"advantage.aggregation {self.advantage.aggregation}"
+            )
+
+    def _check_parity(self) -> None:
+        is_guided = self.objective.policy == "guided"
         if self.parity.entropy_by_completion and (is_guided or self.entropy.control != "loofid"):
             raise ValueError(
                 "parity.entropy_by_completion: expected entropy.control loofid and "
                 f"objective.policy conditional with it, got {self.entropy.control} and "
-                f"{objective.policy}"
+                f"{self.objective.policy}"
             )
         if self.parity.entropy_by_completion and self.prompts_per_step % self.minibatches:
             raise ValueError(
                 f"minibatches: expected a divisor of the {self.prompts_per_step} prompts with "
                 f"parity.entropy_by_completion, got {self.minibatches}"
             )
-        if objective.clip_components and self.advantage.aggregation == "sum_then_normalize":
+        is_summed = self.advantage.aggregation == "sum_then_normalize"
+        if self.parity.weights_before_normalization and is_summed:
             raise ValueError(
-                "objective.clip_components: expected rewards that are normalised apart, got "
-                f"advantage.aggregation {self.advantage.aggregation}"
+                "parity.weights_before_normalization: expected false with advantage.aggregation "
+                "sum_then_normalize, which weighs rewards before they are normalised anyway, got "
+                "true"
             )
         if self.parity.bf16_masters and self.policy.dtype != "bfloat16":
             raise ValueError(

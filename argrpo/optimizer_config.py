@@ -1,5 +1,6 @@
 """Settings of the optimizer."""
 
+import math
 from dataclasses import dataclass, field
 
 from argrpo.schedules import LearningRateConfig
@@ -26,7 +27,10 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.max_grad_norm: expected a number above 0, got {self.max_grad_norm}"
             )
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(
-                f"optimizer.weight_decay: expected at least 0, got {self.weight_decay}"
+                "optimizer.weight_decay: expected a finite number of at least 0, got "
+                f"{self.weight_decay}"
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: expected two in [0, 1), got {list(self.betas)}")

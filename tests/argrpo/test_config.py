@@ -4,12 +4,19 @@ that contradict each other are refused."""
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from argrpo.config import PolicyConfig, RewardConfig, TokenizerConfig, TrainConfig
+from argrpo.config import (
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from argrpo.demo import DemoConfig
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.learner_config import ParityConfig, ReferenceConfig
@@ -98,6 +105,21 @@ def run(**settings: Any) -> TrainConfig:
             {"parity": ParityConfig(bf16_masters=True)},
             "parity.bf16_masters: expected policy.dtype bfloat16 with it, got float32",
         ),
+        (
+            {"parity": ParityConfig(weights_before_normalization=True)},
+            "parity.weights_before_normalization: expected false with advantage.aggregation sum_",
+        ),
+        (
+            {
+                "objective": ObjectiveConfig(importance_sampling_cap=2.0, old_logprobs="draw"),
+                "inner_epochs": 2,
+            },
+            "importance_sampling_cap: expected none with objective.old_logprobs draw and 2 updates",
+        ),
+        (
+            {"rewards": [RewardConfig(name="clip", weight=0.0)]},
+            "rewards: expected at least one judge of another weight than 0, got clip, which only",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_by_name(
@@ -121,3 +143,22 @@ def test_an_impossible_label_dropout_is_refused(value: float) -> None:
 def test_a_reference_is_not_synchronised_backwards() -> None:
     with pytest.raises(ValueError, match=r"reference.sync_every: expected at least 0, got -1"):
         ReferenceConfig(sync_every=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_decay": -0.1}, r"weight_decay: expected a finite number of at least 0, got -0.1"),
+        # Times a learning rate above 0, each would turn every weight into no number at once.
+        ({"weight_decay": math.inf}, r"weight_decay: expected a finite number .*, got inf"),
+        ({"weight_decay": math.nan}, r"weight_decay: expected a finite number .*, got nan"),
+        ({"betas": (0.9, 1.0)}, r"betas: expected two in \[0, 1\), got \[0\.9, 1\.0\]"),
+        ({"betas": (math.nan, 0.95)}, r"betas: expected two in \[0, 1\), got \[nan"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm: expected a number above 0, got 0"),
+    ],
+)
+def test_an_optimizer_that_would_ruin_weights_is_refused_by_name(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^optimizer\.{message}"):
+        OptimizerConfig(**settings)
