@@ -24,11 +24,16 @@ def check_pair(policy: ImagePolicy, tokenizer: VQTokenizer) -> None:
 
 
 def check_label_dropout(policy: ImagePolicy, share: float) -> None:
-    """Refuse to drop classes of a policy that knows no null condition to take their place.
+    """Refuse to drop classes of a policy that reads none, or that knows no null condition to take
+    their place.
 
     Raises:
-        ValueError: a share above 0 without one.
+        ValueError: a share above 0 of such a policy.
     """
+    if share and policy.config.model_type != "c2i":
+        raise ValueError(
+            f"parity.label_dropout: expected 0 for a text-conditional policy, got {share:g}"
+        )
     if share and not policy.has_null_condition:
         raise ValueError(
             "parity.label_dropout: expected 0, because this policy was trained without a null "

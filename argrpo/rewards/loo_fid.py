@@ -87,6 +87,11 @@ class LooFidReward:
         self.name = name
         place = f"rewards.{name}.options"
         _check(place, form, decay, debias=debias, parity=parity_bootstrap)
+        if parity_bootstrap and initial is None:
+            raise ValueError(
+                f"{place}.initial: expected moments to begin with, since parity_bootstrap says how "
+                "they count, got none"
+            )
         with named_within(place):
             extractor = load_extractor(features, features_path, device=device, batch=reward_batch)
         self._extractor = extractor

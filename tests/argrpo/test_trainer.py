@@ -26,6 +26,7 @@ from argrpo.config import (
 from argrpo.data import Prompt
 from argrpo.devices import choose_device
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.learner_config import ParityConfig
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
@@ -271,6 +272,9 @@ def test_text_conditional_policies_train(models: Path, tmp_path: Path) -> None:
     assert recorder.rows[1]["kl"] > 0
     assert trainer.policy.config.model_type == "t2i"
     assert "micro-batches of 12" in trainer.describe_memory()[0]
+    dropping = replace(config, parity=ParityConfig(label_dropout=0.1))
+    with pytest.raises(ValueError, match=r"parity.label_dropout: expected 0 for a text-conditio"):
+        Trainer(replace(dropping, output_dir=str(tmp_path / "refused")), [])
 
 
 def test_prompts_are_encoded_before_the_policy_is_there(

@@ -227,6 +227,7 @@ def test_two_ranks_score_as_one_process_with_all_images(judge: Path, tmp_path: P
         ({"decay": float("nan")}, r"options\.decay: expected a number in \[0, 1\), got nan"),
         ({"form": "full", "debias": False}, r"options\.debias: expected true with form full"),
         ({"form": "full", "parity_bootstrap": True}, r"options\.parity_bootstrap: expected false"),
+        ({"parity_bootstrap": True}, r"options\.initial: expected moments to begin with"),
         ({"reference": "no/such"}, r"options\.reference: expected an npz file or a folder"),
         ({"initial": "no/such"}, r"options\.initial: expected an npz file or a folder"),
     ],
