@@ -1,5 +1,8 @@
 """The judges of the shipped recipes: what can be known of them without their weights."""
 
+from dataclasses import asdict
+from typing import Any
+
 import open_clip
 import pytest
 import torch
@@ -89,3 +92,28 @@ def test_the_eight_rewards_of_ar_grpo_add_up_as_released(preset: str, monkeypatc
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_registered_judge_can_be_imported(name: str) -> None:
     assert callable(registry._load(name))
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, item in value.items() for k, v in _leaves(item, f"{name}.{key}").items()}
+
+
+def test_taming_takes_the_recipe_of_llamagen_but_for_the_model_and_its_draws() -> None:
+    ours, theirs = (_leaves(asdict(_config(f"loofid_{n}"))) for n in ("taming_256", "c2i_l_256"))
+    differing = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+    assert differing == {
+        ".output_dir",
+        ".policy.path",
+        ".policy.image_size",
+        ".tokenizer.path",
+        ".rewards.2.options.initial",
+        ".rewards.2.options.parity_bootstrap",  # false, and left at its default of false
+        ".rollout.guidance_scale",
+        ".rollout.top_k",
+        ".rollout.top_p",
+        ".objective.policy",
+    }
