@@ -19,8 +19,8 @@ class TokenTerms:
     """The terms of a loss, token by token; finite everywhere, also where a mask hides them."""
 
     ratio: Tensor  # [N, T] new over old probability, capped at delta where that is set
-    low: Tensor  # [N, T] share of the components: ratio below its bound and advantage below 0
-    high: Tensor  # [N, T] share of the components: ratio above its bound and advantage above 0
+    low: Tensor  # [N, T] share of the components that the lower bound stops: advantage below 0
+    high: Tensor  # [N, T] share that the upper bound stops: above 0; reversed clips: the other way
     kl: Tensor | None  # [N, T] nats, k3
     entropies: Tensor | None  # [N, T] nats
 

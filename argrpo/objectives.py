@@ -72,15 +72,15 @@ def policy_loss(
     _check_needs(config, entropies, batch)
     mask = batch.mask
     logprobs = _blanked(logprobs, mask)
-    old = logprobs if batch.old_logprobs is None else _blanked(batch.old_logprobs, mask)
-    old = old.detach()
+    old = (logprobs if batch.old_logprobs is None else _blanked(batch.old_logprobs, mask)).detach()
     ratio = _ratio(logprobs, old, mask, config)
     low, high = config.ratio_bounds
     gain = _gain(batch)
+    falling, rising = (gain > 0, gain < 0) if reversed_clip else (gain < 0, gain > 0)
     terms = TokenTerms(
         ratio=ratio,
-        low=_share((ratio < low)[..., None] & (gain < 0)),
-        high=_share((ratio > high)[..., None] & (gain > 0)),
+        low=_share((ratio < low)[..., None] & falling),
+        high=_share((ratio > high)[..., None] & rising),
         kl=_kl(logprobs, batch, config),
         entropies=None if entropies is None else _blanked(entropies, mask),
     )

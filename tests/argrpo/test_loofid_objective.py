@@ -83,12 +83,17 @@ def test_the_two_clips_agree_inside_the_range_and_differ_outside() -> None:
     advantages = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
     ratios = torch.tensor([[1.1], [1.5], [0.5]], dtype=torch.float64)
     config, old = ObjectiveConfig(beta=0.0), torch.zeros(3, 1, dtype=torch.float64)
-    gradients = []
+    gradients, stopped = [], []
     for is_reversed in (False, True):
         logprobs = ratios.log().requires_grad_()
         batch = LossBatch(advantages, LossScale(3, 3, 1), old_logprobs=old)
-        policy_loss(logprobs, None, batch, config, reversed_clip=is_reversed).loss.backward()
+        result = policy_loss(logprobs, None, batch, config, reversed_clip=is_reversed)
+        result.loss.backward()
+        named = result.metrics.named()
+        stopped.append((named["clip_ratio/low_mean"], named["clip_ratio/high_mean"]))
         assert logprobs.grad is not None
         gradients.append(logprobs.grad.flatten().tolist())
     assert gradients[0] == pytest.approx([-1.1 / 3, 0.0, 0.0])
     assert gradients[1] == pytest.approx([-1.1 / 3, -1.5 / 3, 0.5 / 3])
+    # What is logged as clipped is what has no gradient: two of three, and none.
+    assert stopped == [pytest.approx((1 / 3, 1 / 3)), (0.0, 0.0)]
