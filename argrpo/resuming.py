@@ -157,7 +157,7 @@ def _check_same_begun(config: TrainConfig, folder: RunFolder) -> None:
 
 def _free_num_steps(config: TrainConfig) -> list[str]:
     """A longer run has the same steps so far, unless they follow the share of it that is done."""
-    follows = config.optimizer.learning_rate.schedule == "cosine"
+    follows = config.optimizer.learning_rate.schedule != "constant"
     return [] if follows or config.entropy.control == "loofid" else ["num_steps"]
 
 

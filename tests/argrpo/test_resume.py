@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from argrpo.data import Prompt
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.models.loading import load_policy
 from argrpo.optimizer import MasterAdamW
+from argrpo.optimizer_config import OptimizerConfig
 from argrpo.output_config import OutputConfig
 from argrpo.policy_update import PolicyUpdate
-from argrpo.resuming import find_start
-from argrpo.run_folder import RunFolder
+from argrpo.resuming import check_same_run, find_start
+from argrpo.run_folder import RunFolder, plain
+from argrpo.schedules import LearningRateConfig
 from argrpo.stop_signals import Preempted
 from argrpo.trackers import JsonLinesTracker
 from argrpo.trainer import Trainer
@@ -336,6 +338,20 @@ def test_settings_that_make_another_run_are_refused_by_name(
         Trainer(replace(config, resume=str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="output_dir: expected a folder without a run"):
         Trainer(config)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_run_may_be_made_longer_unless_its_rate_follows_its_length(
+    schedule: Any, tiny_models: Path, tmp_path: Path
+) -> None:
+    rate = LearningRateConfig(schedule=schedule)
+    config = made_config(tiny_models, tmp_path, optimizer=OptimizerConfig(learning_rate=rate))
+    saved, longer = plain(asdict(config)), replace(config, num_steps=STEPS + 1)
+    if schedule == "constant":
+        check_same_run(longer, saved, tmp_path)
+        return
+    with pytest.raises(ValueError, match=f"num_steps {STEPS + 1} instead of {STEPS}"):
+        check_same_run(longer, saved, tmp_path)
 
 
 def test_the_newest_checkpoint_that_is_whole_is_found(

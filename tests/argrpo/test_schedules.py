@@ -1,4 +1,4 @@
-"""The learning rate over a run: warm-up, constant, cosine, refusals."""
+"""The learning rate over a run: warm-up, constant, linear, cosine, refusals."""
 
 import math
 from typing import Any
@@ -32,6 +32,17 @@ def test_cosine_falls_from_the_peak_towards_the_final_fraction() -> None:
     assert 0.2 < got[-1] < got[-2], "the last step still learns"
 
 
+def test_a_line_falls_evenly_from_the_peak_towards_the_final_fraction() -> None:
+    config = LearningRateConfig(peak=2.0, schedule="linear", warmup_steps=2, final_fraction=0.5)
+    assert rates(config, 6) == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25])
+
+
+def test_a_line_of_a_longer_run_is_one_that_keeps_more_of_the_peak() -> None:
+    whole = LearningRateConfig(schedule="linear")
+    part = LearningRateConfig(schedule="linear", final_fraction=0.75)
+    assert rates(part, 10) == pytest.approx(rates(whole, 40)[:10])
+
+
 def test_a_run_shorter_than_its_warm_up_never_leaves_it() -> None:
     config = LearningRateConfig(peak=1.0, schedule="cosine", warmup_steps=10)
     assert rates(config, 3) == pytest.approx([0.1, 0.2, 0.3])
@@ -42,7 +53,7 @@ def test_a_run_shorter_than_its_warm_up_never_leaves_it() -> None:
     [
         ("peak", 0.0),
         ("peak", float("nan")),
-        ("schedule", "linear"),
+        ("schedule", "step"),
         ("warmup_steps", -1),
         ("final_fraction", 1.5),
     ],
