@@ -15,6 +15,7 @@ from argrpo.config import (
     TrainConfig,
 )
 from argrpo.data import Prompt
+from argrpo.learner_config import ParityConfig
 from argrpo.rewards.scoring import Judges, Scores
 
 _CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ class MeasuredRarity(Rarity):
 
 def _judges(
     *names: str, weights: list[float] | None = None, aggregation: str = "sum_then_normalize",
-    monitors: list[str] | None = None,
+    monitors: list[str] | None = None, missing: str = "drop", parity: ParityConfig | None = None,
 ) -> Judges:  # fmt: skip
     weights = weights or [1.0] * len(names)
     config = TrainConfig(
@@ -77,7 +78,8 @@ def _judges(
             for name, weight in zip(names, weights, strict=True)
         ],
         monitors=[RewardConfig(name=f"{__name__}:{name}") for name in monitors or []],
-        advantage=AdvantageConfig(aggregation=aggregation),
+        advantage=AdvantageConfig(aggregation=aggregation, missing=missing),
+        parity=parity or ParityConfig(),
     )
     return Judges(config, _CPU)
 
@@ -178,6 +180,47 @@ def test_state_that_cannot_be_taken_up_is_named() -> None:
         _judges("MeasuredRarity").load_state_dict({})
     with pytest.raises(ValueError, match=r"rewards\.rarity: expected a method load_state_dict"):
         _judges("Rarity").load_state_dict({"rarity/past": torch.zeros(())})
+
+
+@pytest.mark.parametrize("aggregation", ["normalize_then_sum", "normalize_kinds_then_sum"])
+def test_a_released_weight_all_but_cancels(images: Tensor, aggregation: str) -> None:
+    kept, cancelled, ones = (
+        _score(
+            _judges(
+                "brightness", "Rarity", weights=weights, aggregation=aggregation,
+                parity=ParityConfig(weights_before_normalization=is_released),
+            ),
+            images,
+        ).advantages(4).components[..., 1]
+        for weights, is_released in (([1.0, 25.0], False), ([1.0, 25.0], True), ([1.0, 1.0], False))
+    )  # fmt: skip
+    torch.testing.assert_close(kept, 25 * ones)
+    # Up to the 1e-4 beside a spread of some hundredths.
+    torch.testing.assert_close(cancelled, ones, rtol=2e-2, atol=1e-6)
+    assert not torch.equal(cancelled, ones)
+
+
+def test_a_missing_score_counts_as_zero_where_the_recipe_says_so(images: Tensor) -> None:
+    images[3] = -1.0  # which Rarity does not score
+    dropped, zero = (
+        _score(_judges("brightness", "Rarity", missing=missing), images)
+        for missing in ("drop", "zero")
+    )
+    assert dropped.advantages(4).used.flatten().tolist() == [True] * 3 + [False] + [True] * 4
+    rewards = zero.values[:, 0] + zero.values[:, 1].nan_to_num(nan=0.0)
+    wanted = group_advantages(rewards.view(2, 4))
+    assert zero.advantages(4).used.all()
+    torch.testing.assert_close(zero.advantages(4).values, wanted.values)
+
+
+def test_an_infinite_score_is_refused_by_the_name_of_its_judge(images: Tensor) -> None:
+    scores = _score(_judges("brightness", "Rarity", aggregation="normalize_then_sum"), images)
+    scores.values[[2, 5], 1] = torch.inf
+    wanted = (
+        r"rewards\.rarity: expected finite scores, .* got inf for image 2, as for 2 of 8 images"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        scores.advantages(4)
 
 
 def test_a_missing_score_cannot_count_as_zero_where_it_would_be_normalised() -> None:
