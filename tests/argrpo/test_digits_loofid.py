@@ -77,6 +77,18 @@ def test_every_step_says_the_entropy_and_what_it_was_paid(rows: list[dict]) -> N
         assert row["entropy/coef"] == pytest.approx(wanted, rel=1e-6)
 
 
+def test_by_completion_a_step_is_paid_for_its_own_entropy(cache_dir: Path, tmp_path: Path) -> None:
+    rows = _rows(cache_dir, tmp_path / "run", "--parity.entropy_by_completion", "true")
+    for before, row in pairwise(rows):
+        own, other = (
+            2.2e-3 * math.exp(3.0 * (0.52 - measured["entropy/policy"] / math.log(256)))
+            for measured in (row, before)
+        )
+        # The mean of four coefficients for that of their mean entropy: to second order the same.
+        assert row["entropy/coef"] == pytest.approx(own, rel=1e-4)
+        assert row["entropy/coef"] != pytest.approx(other, rel=1e-4)
+
+
 def test_the_moments_move_once_a_step_however_many_updates_follow(
     cache_dir: Path, tmp_path: Path
 ) -> None:
