@@ -19,6 +19,7 @@ class Part:
     name: str
     command: tuple[str, ...]  # arguments of python; {results} becomes the results folder
     limit_s: float
+    needs: tuple[str, ...] = ()  # packages that a bare machine lacks; without them it is left out
 
 
 def _tests(name: str, limit_s: float, *words: str, marked: str = "gpu or not gpu") -> Part:
@@ -47,11 +48,11 @@ def _peers(name: str, limit_s: float, *peers: str) -> Part:
     )  # fmt: skip
 
 
-def _bench(name: str, limit_s: float, *options: str) -> Part:
+def _bench(name: str, limit_s: float, *options: str, needs: tuple[str, ...] = ()) -> Part:
     """A script that writes rows of its own name."""
     output = f"{{results}}/{name}_gpu.jsonl"
     script = (f"bench/bench_{name}.py", "--device", "cuda", "--resume", "--output", output)
-    return Part(name, (*script, *options), limit_s)
+    return Part(name, (*script, *options), limit_s, needs)
 
 
 def _sweep(op: str) -> Part:
@@ -102,8 +103,9 @@ PARTS = (
     Part("slots", ("bench/bench_slots.py", "--device", "cuda",
                    "--output", "{results}/slots_gpu.jsonl"), 150),
     _bench("loo_fid", 60),
-    _bench("rewards", 240),
-    _tests("engine", 100, "tests/engine", "tests/bench", marked="gpu"),
+    _bench("rewards", 240, needs=("open_clip", "torchvision", "pyiqa", "httpx")),
+    _tests("engine", 100, "tests/engine", "tests/bench/test_timing.py",
+           "tests/bench/test_rollout_peers.py", marked="gpu"),
     _kernels("groups", 80, "logprob_gradients", "grouped_logprob_kl"),
     _kernels("layers", 80, "rmsnorm", "rmsnorm_residual", "swiglu", "guided_hidden",
              "layernorm", "layernorm_residual", "bias_gelu", "record_draw"),

@@ -20,15 +20,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_parts import PARTS, Part
-from result_rows import append_row, commit_described, rows_in
+from result_rows import append_row, commit_described
+from suite_headlines import headlines
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -36,11 +38,13 @@ RESULTS = ROOT / "bench" / "results"
 LEAST_SECONDS = 20.0
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
 LAST_LINES = 15  # of a failed part's output
+_AGAIN = ("over its limit", "cut", "left out")  # what a second call takes up once more
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: done, failed, over its limit, or cut by the end of the suite's time."""
+    """How a part ended: done, failed, over its limit, cut by the end of the suite's time, or left
+    out because a package is missing."""
 
     part: str
     status: str
@@ -69,16 +73,16 @@ class Suite:
             available = end - self.now()
             if available < min(LEAST_SECONDS, part.limit_s):
                 break
-            outcome = self._run_part(part, available)
+            outcome = _left_out(part) or self._run_part(part, available)
             outcomes.append(outcome)
             self._remember(outcome)
         return outcomes
 
     def left(self) -> list[Part]:
-        """What never ran at this commit, then what was cut; not what is done or failed."""
+        """What never ran at this commit, then what did not get to its end; a failed part did."""
         seen = {} if self.again else self.outcomes()
         new = [part for part in self.parts if part.name not in seen]
-        cut = [part for part in self.parts if seen.get(part.name, "") in ("over its limit", "cut")]
+        cut = [part for part in self.parts if seen.get(part.name, "") in _AGAIN]
         return new + cut
 
     def outcomes(self) -> dict[str, str]:
@@ -126,6 +130,16 @@ class Suite:
         return Outcome(part.name, status, seconds, code, last[:200])
 
 
+def _left_out(part: Part) -> Outcome | None:
+    """Of a part whose packages are not all here; None where it can run."""
+    missing = [name for name in part.needs if find_spec(name) is None]
+    if not missing:
+        return None
+    said = f"needs {', '.join(missing)}"
+    print(f"== {part.name}: left out, {said}", flush=True)
+    return Outcome(part.name, "left out", 0.0, None, said)
+
+
 def run_within(command: Sequence[str], seconds: float, out: Any) -> int | None:
     """The exit code of a program; None if it was still running and had to be ended.
 
@@ -160,7 +174,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def table(suite: Suite, outcomes: Sequence[Outcome]) -> str:
     """The headline of every result of this commit, then what ran and what is left."""
-    lines = _headlines(suite.results, suite.device)
+    lines = headlines(suite.results, suite.device, suite.commit)
     lines.append(f"{'part':24} {'status':16} {'seconds':>8}")
     lines += [f"{one.part:24} {one.status:16} {one.seconds:>8.0f}" for one in outcomes]
     ran = {one.part for one in outcomes}
@@ -169,46 +183,6 @@ def table(suite: Suite, outcomes: Sequence[Outcome]) -> str:
     to_come = [part.name for part in suite.parts if part.name not in {*ran, *before}]
     lines += [f"{name:24} {'to come':16}" for name in to_come]
     return "\n".join(lines)
-
-
-def _headlines(results: Path, device: str) -> list[str]:
-    """Rows of the commit that runs, in few words; with a cold cache where there is one.
-
-    Ours, and of rollouts also their peers' (which say how they make a step).
-    """
-    commit = commit_described()
-    found: dict[str, Mapping[str, Any]] = {}
-    for path in sorted(results.glob(f"*_{device}.jsonl")):
-        for row in rows_in(path):
-            name = row.get("case") or _rollout_name(row)
-            is_better = name not in found or row.get("cache") != "hot"
-            is_told = row.get("contender", "argrpo") == "argrpo" or "how" in row
-            if is_told and row["commit"] == commit and is_better:
-                found[name] = row
-    return [_headline(name, row) for name, row in found.items()]
-
-
-def _rollout_name(row: Mapping[str, Any]) -> str:
-    text = f", {row['text_tokens']} text tokens" if row.get("text_tokens") else ""
-    peer = f", {row['contender']}" if "how" in row else ""
-    return (
-        f"rollout {row['model']} {row['image_size']} px, {row['images']} images, "
-        f"guidance {row['guidance_scale']:g}{text}{peer}"
-    )
-
-
-def _headline(name: str, row: Mapping[str, Any]) -> str:
-    """The figures that a row has, in one line."""
-    told = [f"{row['images_per_s']:.2f} images/s"] if "images_per_s" in row else []
-    if "p50_us" in row:
-        told.append(f"{row['p50_us']:.1f} us {row['cache']}")
-    elif not told:
-        told.append(f"{row['p50_ms']:.1f} ms")
-    if "percent_of_limit" in row:
-        told.append(f"{row['percent_of_limit']:.0f} % of limit")
-    if row["bench"] == "kernels" and "over_floor" in row:
-        told.append(f"{row['over_floor']:.2f} x floor")
-    return f"{name}: {', '.join(told)}"
 
 
 def arguments(

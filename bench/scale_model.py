@@ -9,7 +9,7 @@ A phase is measured where bench/results has a row of the very size on a GPU, els
 rollout from roofline.py, everything else from its operations or bytes, over the share of the
 device's rates that is assumed. What goes between GPUs is always predicted: nothing of it hides
 behind work, and there is no latency, no straggler and no failure, so read large numbers of GPUs as
-bounds. Several GPUs are not built yet: this says what they would be worth.
+bounds. Nothing has been measured on several GPUs yet: this says what they would be worth.
 
 Every cell ends in m, measured, or p, predicted; a sum with a predicted part is predicted.
 """

@@ -19,7 +19,9 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(sys.modules["gpu_suite"], "commit_described", lambda: "abc1234")
     yield module
     for name in list(sys.modules):
-        if name.startswith(("bench_", "cpu_suite", "gpu_", "result_rows", "rollout_", "cases_")):
+        if name.startswith(
+            ("bench_", "cpu_suite", "gpu_", "result_rows", "rollout_", "suite_", "cases_")
+        ):
             sys.modules.pop(name)
 
 
@@ -46,8 +48,8 @@ def test_a_cut_run_goes_on_and_ends_with_a_table(
     suite: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     row = (
-        '{"bench": "decode", "case": "decode 256 px", "contender": "argrpo", "p50_ms": 12.34, '
-        '"images_per_s": 81.0, "percent_of_limit": 40.4, "commit": "abc1234"}'
+        '{"bench": "decode", "case": "decode 256 px", "contender": "argrpo", "dtype": "float32", '
+        '"p50_ms": 12.34, "images_per_s": 81.0, "percent_of_limit": 40.4, "commit": "abc1234"}'
     )
     code = f"import sys; open(sys.argv[1] + '/decode_cpu.jsonl', 'w').write({row!r})"
     parts = [
@@ -59,5 +61,5 @@ def test_a_cut_run_goes_on_and_ends_with_a_table(
     assert suite.main(place, parts) == 0
     done = [json.loads(line) for line in (tmp_path / "cpu_suite.jsonl").read_text().splitlines()]
     assert [(one["part"], one["status"]) for one in done] == [("first", "done"), ("second", "done")]
-    assert "decode 256 px: 81.00 images/s, 40 % of limit" in capfd.readouterr().out
+    assert "decode 256 px, float32: 81.00 images/s, 40 % of limit" in capfd.readouterr().out
     assert suite.main([*place, "--list"], parts) == 0

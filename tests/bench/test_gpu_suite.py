@@ -1,5 +1,6 @@
 """bench/gpu_suite.py on parts that this file writes, and what its real parts may import."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -32,7 +33,7 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
     yield module
     signal.signal(signal.SIGTERM, handler)
-    for name in ("gpu_suite", "gpu_parts", "result_rows"):
+    for name in ("gpu_suite", "gpu_parts", "result_rows", "suite_headlines"):
         sys.modules.pop(name, None)
 
 
@@ -66,6 +67,9 @@ def test_parts_run_in_order_and_end_in_one_table(
     suite: ModuleType, part: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     parts = [part("first"), part("second", "print('3 passed')")]
+    step = {"bench": "step", "case": "step XL", "images_per_s": 35.0, "commit": "abc1234"}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "step_gpu.jsonl").write_text(json.dumps(step) + "\n")
     assert call(suite, tmp_path, parts) == 0
     assert ran(tmp_path) == ["first", "second"]
     rows = [
@@ -74,7 +78,9 @@ def test_parts_run_in_order_and_end_in_one_table(
     ]
     assert [row["last_line"] for row in rows] == ["measuring", "3 passed"]
     assert {row["commit"] for row in rows} == {"abc1234"}
-    table = capfd.readouterr().out.partition("part  ")[2]
+    printed = capfd.readouterr().out
+    assert "step XL: 35.00 images/s\n" in printed  # headlines of this commit come first
+    table = printed.partition("part  ")[2]
     assert [line.split()[:2] for line in table.splitlines()[1:]] == [
         ["first", "done"],
         ["second", "done"],
@@ -205,41 +211,15 @@ gpu_suite.main(["--results", {str(tmp_path / "results")!r}], parts)
     assert _is_gone(int(pid_file.read_text()))
 
 
-def test_the_table_has_the_headline_of_every_result_of_this_commit(
+def test_a_part_whose_package_is_missing_is_left_out_until_it_is_there(
     suite: ModuleType, part: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    results = tmp_path / "results"
-    results.mkdir()
-    kernel = {
-        "bench": "kernels", "case": "swiglu, rows 8", "cache": "cold", "contender": "argrpo",
-        "p50_us": 12.3, "percent_of_limit": 81.2, "over_floor": 1.2, "commit": "abc1234",
-    }  # fmt: skip
-    rollout = {
-        "bench": "rollout", "model": "XL", "image_size": 256, "images": 128,
-        "guidance_scale": 2.0, "contender": "argrpo", "images_per_s": 151.25, "commit": "abc1234",
-        "percent_of_limit": 57.2,
-    }  # fmt: skip
-    hot = {**kernel, "cache": "hot", "p50_us": 10.0}
-    rows = [kernel, hot, {**kernel, "contender": "torch"}, {**kernel, "commit": "older"}]
-    (results / "kernels_gpu.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    peer = {"contender": "llamagen", "how": "eager", "images_per_s": 15.0, "percent_of_limit": 5.7}
-    text = {**rollout, "text_tokens": 120}
-    rollouts = [rollout, {**rollout, **peer}, text, {**rollout, "contender": "floor"}]
-    (results / "rollout_gpu.jsonl").write_text("\n".join(map(json.dumps, rollouts)) + "\n")
-    slots = {**rollout, "bench": "slots", "layout": "cohorts"}
-    del slots["contender"]
-    (results / "slots_gpu.jsonl").write_text(json.dumps(slots) + "\n")
-    call(suite, tmp_path, [part("first")])
-    printed = capfd.readouterr().out.splitlines()
-    start = next(i for i, line in enumerate(printed) if line.startswith("swiglu"))
-    assert printed[start : start + 4] == [
-        "swiglu, rows 8: 12.3 us cold, 81 % of limit, 1.20 x floor",
-        "rollout XL 256 px, 128 images, guidance 2: 151.25 images/s, 57 % of limit",
-        "rollout XL 256 px, 128 images, guidance 2, llamagen: 15.00 images/s, 6 % of limit",
-        "rollout XL 256 px, 128 images, guidance 2, 120 text tokens: 151.25 images/s, "
-        "57 % of limit",
-    ]
-    assert printed[start + 4].split() == ["part", "status", "seconds"]
+    lacking = dataclasses.replace(part("lacking"), needs=("no_such_package", "json"))
+    assert call(suite, tmp_path, [lacking, part("next")]) == 0
+    assert statuses(tmp_path) == [("lacking", "left out"), ("next", "done")]
+    assert "== lacking: left out, needs no_such_package\n" in capfd.readouterr().out
+    call(suite, tmp_path, [part("lacking"), part("next")])
+    assert ran(tmp_path) == ["next", "lacking"]
 
 
 def test_real_parts_name_files_and_options_that_exist(suite: ModuleType) -> None:
@@ -258,23 +238,35 @@ def test_real_parts_name_files_and_options_that_exist(suite: ModuleType) -> None
     assert measured == set(kernels.OPS)
 
 
-def test_benches_run_where_the_trainer_cannot(tmp_path: Path) -> None:
+def test_parts_run_on_a_bare_machine(suite: ModuleType, tmp_path: Path) -> None:
+    """What is asked of it: benches can be imported, one draws, and test files are collected."""
+    bare = [part for part in suite.PARTS if not part.needs]
+    words = [word for part in bare for word in part.command]
+    scripts = sorted({Path(word).stem for word in words if word.startswith("bench/")})
+    tests = sorted({word for word in words if word.startswith("tests/")} - {"tests/kernels"})
     code = f"""
-import sys
-for name in {BLOCKED}:
-    sys.modules[name] = None  # importing it now raises ImportError
+import importlib, sys
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {BLOCKED}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Bare())
 sys.path.insert(0, {str(ROOT / "bench")!r})
-import bench_kernels, bench_rollout, gpu_suite, sweep
-import rollout_contenders
+for name in {scripts}:
+    importlib.import_module(name)
+import bench_rollout, rollout_contenders
 rollout_contenders.MODELS["tiny"] = rollout_contenders.Sizes(16, 2, 2, 24)
 bench_rollout.main(["--models", "tiny", "--image_size", "64", "--images", "2", "--threads", "1",
     "--samples", "1", "--deterministic_images", "0", "--output", {str(tmp_path / "rows.jsonl")!r}])
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", *{tests}]))
 """
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["contender"] for row in rows] == ["floor", "argrpo"]
 
