@@ -1,5 +1,7 @@
 """Where tensors live and in what precision, by the names that settings use."""
 
+import gc
+
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -15,3 +17,11 @@ def choose_device(name: str) -> torch.device:
         raise ValueError("device: expected a CUDA GPU, got none; use --device cpu")
     # By its number: "cuda" alone would be the first GPU in every thread but the main one.
     return torch.device(name, torch.cuda.current_device())
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back the memory of models that nothing names any more."""
+    # Modules hold each other in cycles, which only a collection ends.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

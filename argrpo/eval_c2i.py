@@ -7,7 +7,6 @@ for how processes share the work and go on after an interruption.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo.devices import choose_device
+from argrpo.devices import choose_device, free_memory
 from argrpo.eval_c2i_config import C2iConfig, resolved
 from argrpo.evaluation.class_measures import ClassMeasures, extractors_of
 from argrpo.evaluation.features import FeatureExtractor
@@ -25,7 +24,7 @@ from argrpo.evaluation.image_models import load_models
 from argrpo.evaluation.image_set import ImageSet, NetworkLook
 from argrpo.evaluation.image_source import DrawPlan, ImageSource
 from argrpo.evaluation.sample_files import LABELS
-from argrpo.evaluation.sharing import own_share
+from argrpo.evaluation.sharing import Share, own_share
 from argrpo.models.pairing import check_guidance
 from argrpo.progress import Report, unreported
 from argrpo.ranks import is_first, meet
@@ -78,11 +77,10 @@ def evaluate_classes(config: C2iConfig, report: Report = unreported) -> C2iResul
     # Looked at before the work of hours, by one of the processes.
     measures = ClassMeasures(config, extractors, device) if share.index == 0 else None
     jobs = []
-    for job, source in _jobs(config, device):
-        jobs.append(job)
-        params = config.sampling_params(job.guidance_scale)
-        stage = partial(report, f"{job.policy}, guidance {job.guidance_scale:g}")
-        job.images.make(partial(source.draw, params=params), looks, share, stage)
+    for name in config.policies:
+        jobs += _drawn_by(name, config, device, looks, share, report)
+        # What the call left, before the next policy comes.
+        free_memory(device)
     meet("eval c2i: images are drawn")
     if not is_first() or any(job.images.missing(looks) for job in jobs):
         return None
@@ -121,25 +119,36 @@ def _drawn(seed: int, image_id: int, count: int) -> int:
     return int.from_bytes(digest, "little") % count
 
 
-def _jobs(config: C2iConfig, device: torch.device) -> Iterator[tuple[_Job, ImageSource]]:
-    """All policies and scales; a policy is loaded when its turn comes, and one at a time."""
-    for name, path in config.policies.items():
-        policy, tokenizer = load_models(config, path, device)
-        if policy.config.model_type != "c2i":
-            raise ValueError(
-                f"policy: expected class-conditional policies, got {path}, which reads texts; "
-                "argrpo eval t2i takes it"
-            )
-        check_guidance(policy, "guidance_scales", *config.guidance_scales)
-        labels = classes_of(config, policy.config.num_classes)
-        batch = min(config.batch, config.num_images)
-        plan = DrawPlan(labels, config.seed, batch, config.decode_batch, config.pixels)
-        source = ImageSource(policy, tokenizer, plan)
-        for scale in config.guidance_scales:
-            folder = Path(config.output_dir) / name / f"guidance_{scale:g}"
-            settings = source.settings(config.sampling_params(scale))
-            images = ImageSet(folder, config.num_images, batch, settings)
-            yield _Job(name, scale, images, labels), source
+def _drawn_by(
+    name: str,
+    config: C2iConfig,
+    device: torch.device,
+    looks: list[NetworkLook],
+    share: Share,
+    report: Report,
+) -> list[_Job]:
+    """A share of one policy's images at all scales. The policy is gone when this returns."""
+    path = config.policies[name]
+    policy, tokenizer = load_models(config, path, device)
+    if policy.config.model_type != "c2i":
+        raise ValueError(
+            f"policy: expected class-conditional policies, got {path}, which reads texts; "
+            "argrpo eval t2i takes it"
+        )
+    check_guidance(policy, "guidance_scales", *config.guidance_scales)
+    labels = classes_of(config, policy.config.num_classes)
+    batch = min(config.batch, config.num_images)
+    plan = DrawPlan(labels, config.seed, batch, config.decode_batch, config.pixels)
+    source = ImageSource(policy, tokenizer, plan)
+    jobs = []
+    for scale in config.guidance_scales:
+        params = config.sampling_params(scale)
+        folder = Path(config.output_dir) / name / f"guidance_{scale:g}"
+        images = ImageSet(folder, config.num_images, batch, source.settings(params))
+        stage = partial(report, f"{name}, guidance {scale:g}")
+        images.make(partial(source.draw, params=params), looks, share, stage)
+        jobs.append(_Job(name, scale, images, labels))
+    return jobs
 
 
 def _measured(

@@ -77,7 +77,7 @@ class C2iConfig(ImagesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_scales(self.guidance_scales)
+        check_scales("guidance_scales", self.guidance_scales)
         for scale in self.guidance_scales:
             self.sampling_params(scale)
         if self.labels is not None and self.names is not None:

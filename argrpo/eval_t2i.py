@@ -8,7 +8,6 @@ Shapes: M images of a policy, J judges.
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from argrpo.data import Prompt, PromptSet
-from argrpo.devices import choose_device
+from argrpo.devices import choose_device, free_memory
 from argrpo.eval_t2i_config import T2iConfig
 from argrpo.eval_t2i_prompts import prompts_of
 from argrpo.evaluation.diversity import distance_within, has_pairs, thumbnails
@@ -27,7 +26,7 @@ from argrpo.evaluation.image_models import load_models
 from argrpo.evaluation.image_set import ImageSet, Look, NetworkLook
 from argrpo.evaluation.image_source import DrawPlan, ImageSource
 from argrpo.evaluation.judge_panel import SCORES, JudgePanel, win_rate, win_rate_error
-from argrpo.evaluation.sharing import own_share
+from argrpo.evaluation.sharing import Share, own_share
 from argrpo.model_paths import resolve_path
 from argrpo.models.pairing import check_guidance
 from argrpo.progress import Report, unreported
@@ -102,10 +101,10 @@ def evaluate_texts(config: T2iConfig, report: Report = unreported) -> T2iResults
     looks = _looks(config, prompts.prompts, device)
     jobs = []
     try:
-        for job, source in _jobs(config, prompts, device):
-            jobs.append(job)
-            draw = partial(source.draw, params=config.sampling_params(config.guidance_scale))
-            job.images.make(draw, looks.all(), share, partial(report, job.name))
+        for name in config.policies:
+            jobs.append(_drawn_by(name, config, prompts, device, looks, share, report))
+            # What the call left, before the next policy comes.
+            free_memory(device)
     finally:
         looks.panel.close()
     meet("eval t2i: images are drawn and judged")
@@ -129,23 +128,29 @@ def _looks(config: T2iConfig, prompts: list[Prompt], device: torch.device) -> _L
     return _Looks(panel, NetworkLook(load_extractor(config.features, path, device=device)))
 
 
-def _jobs(
-    config: T2iConfig, prompts: PromptSet, device: torch.device
-) -> Iterator[tuple[_Job, ImageSource]]:
-    """All policies, one in memory at a time."""
+def _drawn_by(
+    name: str,
+    config: T2iConfig,
+    prompts: PromptSet,
+    device: torch.device,
+    looks: _Looks,
+    share: Share,
+    report: Report,
+) -> _Job:
+    """A share of one policy's images, drawn and judged. The policy is gone when this returns."""
     conditions = prompts.conditions(prompts.prompts, config.num_images_per_prompt)
     num_images = len(prompts) * config.num_images_per_prompt
     batch = min(config.batch, num_images)
     plan = DrawPlan(conditions, config.seed, batch, config.decode_batch, config.pixels)
-    for name, path in config.policies.items():
-        policy, tokenizer = load_models(config, path, device)
-        check_guidance(policy, "guidance_scale", config.guidance_scale)
-        source = ImageSource(policy, tokenizer, plan)
-        settings = source.settings(config.sampling_params(config.guidance_scale))
-        yield (
-            _Job(name, ImageSet(Path(config.output_dir) / name, num_images, batch, settings)),
-            source,
-        )
+    policy, tokenizer = load_models(config, config.policies[name], device)
+    check_guidance(policy, "guidance_scale", config.guidance_scale)
+    source = ImageSource(policy, tokenizer, plan)
+    params = config.sampling_params(config.guidance_scale)
+    folder = Path(config.output_dir) / name
+    images = ImageSet(folder, num_images, batch, source.settings(params))
+    draw = partial(source.draw, params=params)
+    images.make(draw, looks.all(), share, partial(report, name))
+    return _Job(name, images)
 
 
 def _compared(

@@ -48,7 +48,7 @@ class T2iConfig(ImagesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_scales([self.guidance_scale])
+        check_scales("guidance_scale", [self.guidance_scale])
         self.sampling_params(self.guidance_scale)
         for name in ("num_images_per_prompt", "page_prompts"):
             if getattr(self, name) < 1:

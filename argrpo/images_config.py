@@ -116,15 +116,15 @@ class ImagesConfig:
         )
 
 
-def check_scales(scales: list[float]) -> None:
+def check_scales(setting: str, scales: list[float]) -> None:
     """Refuse scales that no draw has, or that come twice.
 
     Raises:
-        ValueError: as said.
+        ValueError: as said, under the name of the setting.
     """
     if not scales or not all(1 <= scale < math.inf for scale in scales):
         raise ValueError(
-            f"guidance_scales: expected finite numbers of at least 1, got {scales or 'none'}"
+            f"{setting}: expected finite numbers of at least 1, got {scales or 'none'}"
         )
     if len(set(scales)) < len(scales):
-        raise ValueError(f"guidance_scales: expected each once, got {scales}")
+        raise ValueError(f"{setting}: expected each once, got {scales}")

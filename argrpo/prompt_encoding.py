@@ -3,7 +3,6 @@
 prompts -> cleaned -> cache, or T5 and then the cache -> rows of features
 """
 
-import gc
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from argrpo.devices import DTYPES
+from argrpo.devices import DTYPES, free_memory
 from argrpo.encoded_texts import EncodedText, EncodedTexts, TextLayout
 from argrpo.model_paths import blamed_on
 from argrpo.progress import Report, unreported
@@ -80,7 +79,7 @@ def encode_prompts(
                     _Work(cache, config.batch, layout),
                     report,
                 )
-                _free_memory(device)
+                free_memory(device)
                 found = cache.find(distinct)
     place = {text: row for row, text in enumerate(distinct)}
     index = torch.tensor([place[text] for text in cleaned])
@@ -146,13 +145,6 @@ def _encode(texts: list[str], encoder: TextEncoder, work: _Work, report: Report)
             )
             report("texts", start + len(encoded), len(texts))
         work.cache.add(shard, encoded)
-
-
-def _free_memory(device: torch.device) -> None:
-    # Modules hold each other in cycles, which only a collection ends.
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _warn(prompts: Sequence[str], cleaned: list[str], encoded: EncodedTexts) -> None:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from argrpo import eval_c2i
 from argrpo.digits.dataset import load_split
 from argrpo.digits.judges import DigitJudge, load_judge, save_judge
 from argrpo.engine.rollout_engine import RolloutEngine
@@ -23,6 +25,7 @@ from argrpo.eval_c2i_config import C2iConfig, resolved
 from argrpo.evaluation import image_set
 from argrpo.evaluation.diversity import distance_within
 from argrpo.evaluation.frechet import frechet_distance
+from argrpo.evaluation.image_models import load_models
 from argrpo.evaluation.image_set import DrawnBatch
 from argrpo.evaluation.image_source import ImageSource
 from argrpo.evaluation.inception_score import inception_score
@@ -235,6 +238,23 @@ def test_a_comparison_tells_each_policys_best_guidance(config: C2iConfig, models
     kept = json.loads((Path(config.output_dir) / "results.json").read_text())
     assert kept["rows"] == results.rows
     assert kept["settings"]["best_by"] == "entropy"
+
+
+def test_a_policy_is_gone_before_the_next_one_is_read(
+    config: C2iConfig, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies: list[weakref.ref[nn.Module]] = []
+
+    def watched(*args: object) -> tuple[nn.Module, VQTokenizer]:
+        assert [policy for policy in policies if policy() is not None] == []
+        policy, tokenizer = load_models(*args)
+        policies.append(weakref.ref(policy))
+        return policy, tokenizer
+
+    monkeypatch.setattr(eval_c2i, "load_models", watched)
+    both = [str(models / "base"), str(models / "tuned")]
+    measured(replace(config, policy=None, compare=both, num_images=8, neighbours=0))
+    assert len(policies) == 2
 
 
 def test_images_of_other_settings_are_never_mixed(config: C2iConfig, models: Path) -> None:

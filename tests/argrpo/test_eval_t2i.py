@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from argrpo import eval_t2i
 from argrpo.data import Prompt
 from argrpo.data_config import DataConfig
 from argrpo.engine.conditions import TextFeatures
@@ -23,6 +25,7 @@ from argrpo.engine.sampling_params import SamplingParams
 from argrpo.eval_t2i import T2iResults, evaluate_texts
 from argrpo.eval_t2i_config import T2iConfig
 from argrpo.evaluation.diversity import distance_within, thumbnails
+from argrpo.evaluation.image_models import load_models
 from argrpo.evaluation.judge_panel import win_rate, win_rate_error
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
@@ -171,6 +174,22 @@ def test_three_shards_make_the_same_images_and_numbers(
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_policy_is_gone_before_the_next_one_is_read(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies: list[weakref.ref[nn.Module]] = []
+
+    def watched(*args: object) -> tuple[nn.Module, VQTokenizer]:
+        assert [policy for policy in policies if policy() is not None] == []
+        policy, tokenizer = load_models(*args)
+        policies.append(weakref.ref(policy))
+        return policy, tokenizer
+
+    monkeypatch.setattr(eval_t2i, "load_models", watched)
+    compared(config_of(models, tmp_path))
+    assert len(policies) == 2
+
+
 def test_judging_again_draws_and_asks_nothing_anew(
     finished: tuple[T2iResults, Path], models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,5 +291,7 @@ def test_settings_are_refused_by_name(models: Path, tmp_path: Path) -> None:
         replace(config, metadata=None)
     with pytest.raises(ValueError, match="num_images_per_prompt: expected at least 1, got 0"):
         replace(config, num_images_per_prompt=0)
+    with pytest.raises(ValueError, match=r"^guidance_scale: expected finite numbers of at least 1"):
+        replace(config, guidance_scale=0.5)
     with pytest.raises(ValueError, match="deadline_s: expected a number above 0"):
         replace(config, deadline_s=0.0)
