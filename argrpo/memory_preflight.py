@@ -135,21 +135,14 @@ def forecast_memory(
     """
     images = config.images_per_step // config.minibatches
     micro_batch = min(config.micro_batch, images)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in parameters)
     own = sum(p.nbytes for p in policy.parameters())
-    is_fp32 = policy.head_weight.dtype == torch.float32
-    is_single = micro_batch == images
     rehearsed = _zero_tokens(policy, config, conditions)
-    main_gradients = _FP32 * count
-    # Those of a bf16 pass stand beside the main gradients of the passes before.
-    beside = 0 if is_fp32 or is_single else own
-    head_gradient = _FP32 * policy.head_weight.numel()
+    gradients, gradients_before = _gradient_bytes(policy, config, is_single=micro_batch == images)
     return MemoryForecast(
         weights=own * (1 + _has_reference_beside(config)) + _average_bytes(policy, config),
-        optimizer=_optimizer_bytes(count, is_fp32),
-        gradients=main_gradients + beside,
-        gradients_before=head_gradient if is_single else main_gradients,
+        optimizer=_optimizer_bytes(policy, config),
+        gradients=gradients,
+        gradients_before=gradients_before,
         rollout=_rollout_bytes(policy, config),
         trunk=Line.through(*(_trunk_use(policy, part).peak for part in rehearsed)),
         kept=Line.through(*(_forward_use(policy, part).kept for part in rehearsed)),
@@ -158,10 +151,33 @@ def forecast_memory(
     )
 
 
-def _optimizer_bytes(num_weights: int, is_fp32: bool) -> int:
+def _optimizer_bytes(policy: ImagePolicy, config: TrainConfig) -> int:
     """Moments, and masters apart from the weights: of fp32 only where ranks hold a part each."""
-    has_masters = not is_fp32 or num_ranks() > 1
-    return (2 + has_masters) * _FP32 * num_weights // num_ranks()
+    count, own = _trained_size(policy)
+    if config.parity.bf16_masters:
+        return 2 * own
+    has_masters = policy.head_weight.dtype != torch.float32 or num_ranks() > 1
+    return (2 + has_masters) * _FP32 * count // num_ranks()
+
+
+def _gradient_bytes(
+    policy: ImagePolicy, config: TrainConfig, *, is_single: bool
+) -> tuple[int, int]:
+    """All gradients when a backward pass ends, and those that stand when it begins."""
+    count, own = _trained_size(policy)
+    head = _FP32 * policy.head_weight.numel()
+    if config.parity.bf16_masters:
+        # Passes add up in bf16, but the head's gradient is made in fp32 each time.
+        return own + head, head if is_single else own + head
+    # Those of a bf16 pass stand beside the main gradients of the passes before.
+    beside = 0 if is_single or policy.head_weight.dtype == torch.float32 else own
+    return _FP32 * count + beside, head if is_single else _FP32 * count
+
+
+def _trained_size(policy: ImagePolicy) -> tuple[int, int]:
+    """How many weights are trained, and their bytes."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
 
 def available_bytes(device: torch.device) -> int:

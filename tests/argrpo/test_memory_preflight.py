@@ -12,11 +12,13 @@ from argrpo.engine.conditions import TextFeatures, select
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.learner import Learner
+from argrpo.learner_config import ParityConfig
 from argrpo.memory_preflight import Line, MemoryForecast, forecast_memory
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.objective_config import ObjectiveConfig
 
 GB = 10**9
+BF16 = PolicyConfig(path="unused", dtype="bfloat16")
 GUIDED = SamplingParams(guidance_scale=2.0, top_k=100)
 RUNS: dict[str, dict[str, Any]] = {
     "one micro-batch": {"micro_batch": 16},
@@ -33,7 +35,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "objective": ObjectiveConfig(policy="guided"),
         "rollout": GUIDED,
     },
-    "bf16": {"micro_batch": 8, "policy": PolicyConfig(path="unused", dtype="bfloat16")},
+    "bf16": {"micro_batch": 8, "policy": BF16},
+    "bf16 masters": {"micro_batch": 8, "policy": BF16, "parity": ParityConfig(bf16_masters=True)},
+    "bf16 masters in one micro-batch, most of it gradients": {
+        "micro_batch": 1,
+        "minibatches": 16,
+        "policy": BF16,
+        "parity": ParityConfig(bf16_masters=True),
+    },
 }
 
 
