@@ -30,6 +30,11 @@ class TamingProject:
                 VQGAN tokens in raster order; the message names the key.
         """
         self._path = Path(path)
+        if not self._path.is_file():
+            raise FileNotFoundError(
+                f"{path}: expected the project YAML that stands beside the checkpoint, under "
+                "configs/, got no file there"
+            )
         try:
             self._tree: object = yaml.safe_load(self._path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -99,9 +104,7 @@ class TamingProject:
     def _at(self, key: str, kind: type[Value]) -> Value:
         value = self._found(key, None)
         if type(value) is not kind:
-            raise self._error(
-                key, {int: "a whole number", str: "a text", list: "a list"}[kind], value
-            )
+            raise self._error(key, _KIND_WORDS[kind], value)
         return value
 
     def _found(self, key: str, default: object) -> object:
