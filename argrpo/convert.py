@@ -26,6 +26,7 @@ from argrpo.models.llamagen_files import (
 )
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
 from argrpo.models.pairing import check_pair
+from argrpo.models.policy_config import ARGRPO_TEXT_PADDING
 from argrpo.models.taming import Taming
 from argrpo.models.taming_files import (
     project_yaml,
@@ -154,7 +155,14 @@ def _to_argrpo(paths: list[Path], options: ReadOptions) -> list[str]:
     policy, tokenizer = _read_pair(paths, options, LlamaGen)
     folder = argrpo_folder(policy, tokenizer)
     write_folder(paths[-1], folder.weights, folder.config)
-    return [f"{paths[-1]}: policy and tokenizer; ImgGen_HF.from_pretrained reads it"]
+    line = f"{paths[-1]}: policy and tokenizer; ImgGen_HF.from_pretrained reads it"
+    sizes = policy.config
+    if sizes.model_type == "t2i" and sizes.text_padding != ARGRPO_TEXT_PADDING:
+        line += (
+            f"; texts are padded on the {ARGRPO_TEXT_PADDING} there, this policy had them on the "
+        )
+        line += sizes.text_padding
+    return [line]
 
 
 def _to_taming(paths: list[Path], options: ReadOptions) -> list[str]:
@@ -225,6 +233,7 @@ def _size_flags(policy: LlamaGen) -> str:
     return (
         f" with {size} --gpt-type {config.model_type} --image-size {config.image_size} "
         f"--downsample-size {config.downsample} --cls-token-num {config.prefix_len}"
+        f"{' --no-left-padding' if config.text_padding == 'right' else ''}"
     )
 
 

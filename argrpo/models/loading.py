@@ -76,8 +76,9 @@ def load_policy(
         num_heads: attention heads; required where the path does not say it and the width is none
             of the published ones, because no shape depends on it.
         downsample: pixels of a token's side, where the path does not say it.
-        text_padding: left or right, where padding stands in a text; None takes what the path says,
-            and left where it says nothing. No weight depends on it, so it may be chosen anew.
+        text_padding: left or right, where padding stands in a text; None takes what the path says
+            (AR-GRPO's folders are of the right), and left where it says nothing. No weight depends
+            on it, so it may be chosen anew.
         device: where the weights go.
         dtype: floating; what the weights become.
 

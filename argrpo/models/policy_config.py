@@ -21,6 +21,9 @@ POLICY_FORMAT = "argrpo-policy"
 ARGRPO_MODEL_TYPE = "ImgGen_HF"
 """The `model_type` in config.json of AR-GRPO's folders, which hold policy and tokenizer."""
 
+ARGRPO_TEXT_PADDING = "right"
+"""Where AR-GRPO's code pads texts, in training and in sampling; its config.json does not say it."""
+
 FAMILY_OF_CONFIG: dict[type, str] = {LlamaGenConfig: "llamagen", TamingConfig: "taming"}
 """The `family` in config.json of our folders; older ones, without it, hold LlamaGen policies."""
 
@@ -187,7 +190,8 @@ def _sizes_from_config(checkpoint: Checkpoint, downsample: int) -> dict[str, Any
     if config.get("format") == POLICY_FORMAT:
         return _checked(file, _object(file, config, "config"), LlamaGenConfig)
     if config.get("model_type") == ARGRPO_MODEL_TYPE:
-        return _checked(file, _renamed(config, _ARGRPO_NAMES), LlamaGenConfig)
+        padding = {"text_padding": ARGRPO_TEXT_PADDING} if _NULL_TEXT in checkpoint.weights else {}
+        return _checked(file, {**_renamed(config, _ARGRPO_NAMES), **padding}, LlamaGenConfig)
     if "n_layer" in config and "block_size" in config:
         return _hub_sizes(file, config, downsample)
     raise ValueError(

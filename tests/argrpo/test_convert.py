@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import argrpo.convert
 from argrpo.cli import DONE, MACHINE, WRONG_INPUT, main
 from argrpo.models.checkpoint_files import read_checkpoint
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+from argrpo.models.llamagen_files import ArgrpoFolder
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
 from argrpo.models.taming import Taming
 from argrpo.models.vq import VQConfig, VQTokenizer
@@ -122,6 +124,10 @@ def test_either_part_of_an_argrpo_folder_can_be_taken(tmp_path: Path) -> None:
         (("llamagen", MAIN, "{taming}", *SIZES), "expected nothing there yet, got something"),
         (("llamagen", MAIN), r"convert llamagen: expected IN OUT.pt, got 1 paths"),
         (("taming", MAIN, NET2NET / "project.yaml", "{out}"), "expected a checkpoint of a taming"),
+        (
+            ("taming", NET2NET / "last.ckpt", "nowhere", "{out}"),
+            "nowhere: expected the project YAML",
+        ),
         (("folder", "nowhere", "{out}"), "nowhere: expected a checkpoint file or folder"),
     ],
 )
@@ -151,6 +157,29 @@ def test_a_full_disk_leaves_nothing(
     with files_up_to(200_000):  # the transformer fits, the tokenizer does not
         assert convert(form, *sources[form], tmp_path / "out") == MACHINE
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_says_where_texts_are_padded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = GOLDEN / "llamagen_t2i" / "model.pt"
+    sizes = ("--image_size", "64", "--num_heads", "2")
+    for padding, flags in (("left", "--cls-token-num 8\n"), ("right", " --no-left-padding\n")):
+        output = tmp_path / f"{padding}.pt"
+        assert convert("llamagen", text, output, *sizes, "--text_padding", padding) == DONE
+        assert capsys.readouterr().out.endswith(flags)
+    levels = {"encoder_multipliers": (1,) * 5, "decoder_multipliers": (1,) * 5}
+    codes = VQConfig(codebook_size=256, channels=32, z_channels=32, num_res_blocks=1, **levels)
+    save_tokenizer(VQTokenizer(codes), tmp_path / "vq")
+    # A size that AR-GRPO's code has a name for would take seconds.
+    monkeypatch.setattr(argrpo.convert, "argrpo_folder", lambda *_: ArgrpoFolder({}, {}))
+    for padding, note in (
+        ("left", "padded on the right there, this policy had them on the left\n"),
+        ("right", "ImgGen_HF.from_pretrained reads it\n"),
+    ):
+        words = ("argrpo", text, tmp_path / "vq", tmp_path / padding, *sizes)
+        assert convert(*words, "--text_padding", padding) == DONE
+        assert capsys.readouterr().out.endswith(note)
 
 
 def test_what_was_trained_here_is_a_file_for_llamagen(tmp_path: Path) -> None:

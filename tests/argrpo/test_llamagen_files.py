@@ -138,7 +138,7 @@ def test_both_published_tokenizers_are_described_as_llamagen_does(
         ("GPT-B", {"image_size": 256}),
         ("GPT-L", {"image_size": 256}),
         ("GPT-XL", {"image_size": 384}),
-        ("GPT-XL", {"image_size": 256, **TEXT}),
+        ("GPT-XL", {"image_size": 256, "text_padding": "right", **TEXT}),
     ],
 )
 def test_an_argrpo_folder_has_the_keys_and_settings_of_theirs(

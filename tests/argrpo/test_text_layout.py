@@ -41,6 +41,12 @@ def test_llamagens_files_and_ar_grpos_folders_say_it_too(golden: Path, tmp_path:
     weights = torch.load(file, weights_only=True)["model"]
     renamed = {f"gpt_model.{name}": weight.clone() for name, weight in weights.items()}
     save_file(renamed, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "ImgGen_HF"}))
+    sizes = {"model_type": "ImgGen_HF", "image_size": 64, "downsample_size": 16}
+    (folder / "config.json").write_text(json.dumps(sizes))
     assert load_file(folder / "model.safetensors")
-    assert text_layout(folder, text_padding="right") == TextLayout(8, 32, "right")
+    # Its code pads there and nowhere says so.
+    assert text_layout(folder) == TextLayout(8, 32, "right")
+    assert load_policy(folder, num_heads=2).config.text_padding == "right"
+    assert text_layout(folder, text_padding="left") == TextLayout(8, 32, "left")
+    left = load_policy(folder, num_heads=2, text_padding="left")
+    assert left.config.text_padding == "left"
