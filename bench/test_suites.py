@@ -12,7 +12,6 @@ from typing import Any
 
 import bench_decode
 import bench_loo_fid
-import bench_rewards
 import bench_slots
 import bench_step
 import pytest
@@ -137,6 +136,9 @@ def test_decode(benchmark: Any) -> None:
 @pytest.mark.parametrize("name", ["tensor", "pillow"])
 def test_tower_pixels(benchmark: Any, name: str) -> None:
     """Images to what a judge's tower takes."""
+    pytest.importorskip("torchvision")
+    import bench_rewards  # half of the time that all these imports take
+
     images = bench_rewards.smooth_images(IMAGES, 256, DEVICE)
     call = bench_rewards.pixel_calls(images, bench_rewards.TOWER_SIZE)[name]
     _record(benchmark, "tower pixels", call, None, {"images": IMAGES, "contender": name})
