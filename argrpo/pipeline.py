@@ -246,10 +246,12 @@ class ImagePipeline:
         if repeats < 1:
             raise ValueError(f"num_images_per_prompt: expected at least 1, got {repeats}")
         if self._texts is None:
-            labels = torch.as_tensor(class_labels, dtype=torch.int64).flatten().cpu()
+            labels = _whole_labels(class_labels)
             return labels.repeat_interleave(repeats), len(labels) * repeats
         assert prompt is not None
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not texts:
+            raise ValueError("prompt: expected at least one text, got none")
         encoded = encode_texts(
             texts,
             self._texts.config,
@@ -271,6 +273,20 @@ class ImagePipeline:
         if output_type == "np":
             return rows.numpy()
         return [Image.fromarray(row) for row in to_uint8(rows).numpy()]
+
+
+def _whole_labels(class_labels: object) -> Tensor:
+    """[n] int64, n at least 1; ValueError for anything that is no whole number."""
+    try:
+        labels = torch.as_tensor(class_labels).flatten().cpu()
+    except (ValueError, TypeError, RuntimeError):  # of texts, None and objects
+        labels = torch.empty(0)
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(
+            f"class_labels: expected one or more whole numbers, got {class_labels!r}; "
+            "get_label_ids finds those of names"
+        )
+    return labels.long()
 
 
 def _fetched(name: str | Path, cache_dir: str | None) -> Path:

@@ -142,6 +142,8 @@ def test_texts_are_drawn_by_the_encoder_that_is_named(
     assert not torch.equal(both.images[1], both.images[3]), "the text decides"
     with pytest.raises(ValueError, match="prompt: expected by this policy and nothing beside it"):
         pipe(class_labels=[1])
+    with pytest.raises(ValueError, match="prompt: expected at least one text, got none"):
+        pipe(prompt=[])
     pipe = ImagePipeline.from_pretrained(models / "texts", tokenizer=models / "tokenizer")
     with pytest.raises(ValueError, match=r"text_encoder\.path: expected the encoder"):
         pipe(prompt="a seven")
@@ -182,6 +184,9 @@ def test_an_argrpo_folder_holds_all_that_is_needed() -> None:
         ({"class_labels": [1], "seed": [1, 2]}, "seed: expected one, or one for each of 1 images"),
         ({"class_labels": [1], "seed": [2**63]}, "seed: expected signed 64-bit integers"),
         ({"class_labels": [1], "top_p": 0.0}, "top_p: expected"),
+        ({"class_labels": [1.5]}, r"class_labels: expected one or more whole numbers, got \[1.5\]"),
+        ({"class_labels": ["seven"]}, r"class_labels: expected .* get_label_ids finds those of"),
+        ({"class_labels": []}, r"class_labels: expected one or more whole numbers, got \[\]"),
         ({"class_labels": [1], "seed": 1, "generator": torch.Generator()}, "generator: expected"),
     ],
 )
