@@ -6,8 +6,11 @@ Shapes: n images of a call, M images of all, J judges.
 import hashlib
 import json
 import math
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,7 +54,8 @@ class JudgePanel:
         self._prompts = prompts
         self._device = device
         self._asking = Asking(BackgroundLoop(), deadline_s)
-        asked = [[asdict(config) for config in configs], [prompt.text for prompt in prompts]]
+        sources = [_source_hash(config.name) for config in configs]
+        asked = [[asdict(config) for config in configs], sources, [p.text for p in prompts]]
         digest = hashlib.blake2b(json.dumps(asked).encode(), digest_size=6)
         self.name = f"judges-{digest.hexdigest()}"
 
@@ -69,6 +73,15 @@ class JudgePanel:
     def close(self) -> None:
         """Let go of servers."""
         self._asking.close(self._judges)
+
+
+def _source_hash(name: str) -> str | None:
+    """Of the file of a judge of the caller's, module:function, which may change between two calls
+    of a command that share a folder; None of a judge of ours."""
+    found = re.search(r"([\w.]+):", name)
+    module = None if found is None else sys.modules.get(found[1])  # iqa:NAME is of none
+    file = None if module is None else module.__file__
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def make_panel(

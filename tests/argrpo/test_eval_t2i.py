@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,25 @@ def test_judging_again_draws_and_asks_nothing_anew(
     monkeypatch.setattr("argrpo.evaluation.image_source.ImageSource.draw", never)
     monkeypatch.setattr("argrpo.evaluation.judge_panel.scores_of", never)
     assert compared(config_of(models, finished[1])).rows() == finished[0].rows()
+
+
+def test_a_judge_whose_file_changed_is_asked_again(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = replace(
+        config_of(models, tmp_path / "out"),
+        judges=[RewardConfig(name="judge_of_mine:same")],
+        compare=[],
+        policy=str(models / "base"),
+    )
+    for score in (2, 30):  # of another length, so that no compiled file is taken for this one
+        source = f"def same(images, prompts):\n    return [{score}.0] * len(prompts)\n"
+        (tmp_path / "judge_of_mine.py").write_text(source)
+        monkeypatch.delitem(sys.modules, "judge_of_mine", raising=False)
+        (row,) = compared(config).rows()
+        assert row["judge_of_mine:same/mean"] == score
+    monkeypatch.delitem(sys.modules, "judge_of_mine")
 
 
 def test_prompts_of_a_benchmarks_file_are_read_through_the_encoder(
