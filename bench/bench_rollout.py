@@ -32,8 +32,8 @@ from result_rows import Row, append_row, environment, rows_like
 from rollout_contenders import MODELS, Case, Contender, Floor, OurEngine
 from rollout_peers import PEERS, Peer, forget_compiled, measured_peaks, peak_bytes, peers_of
 from rollout_rows import milliseconds, rows_of, table, with_limits
-from timing import Call, Ceilings, Clock, Timing, ceilings_of, clock_of, pinned_threads
-from turns import OtherWork, measure_in_turns
+from timing import Call, Ceilings, Clock, Timing, ceilings_of, clock_named, pinned_threads
+from turns import OtherWork, kept_heap, measure_in_turns
 
 from argrpo.environment import cpu_features, cpu_model
 from argrpo.models.llamagen import LlamaGen
@@ -62,7 +62,7 @@ def run(
     args: argparse.Namespace,
 ) -> list[Row]:
     """Measure one case: one row a contender."""
-    clock = clock_of(case.device)
+    clock = clock_named(args.clock, case.device, args.threads)
     ours = OurEngine(case, policy)
     peaks = {ours.name: peak_bytes(ours, case)} | measured_peaks(peers, case)
     peers = [peer for peer in peers if peer.name in peaks]
@@ -118,7 +118,7 @@ def deterministic_row(case: Case, policy: LlamaGen, clock: Clock, samples: int) 
     }
 
 
-def facts_of(case: Case, ceilings: Ceilings, threads: int, peers: Sequence[str]) -> Row:
+def facts_of(case: Case, ceilings: Ceilings, args: argparse.Namespace) -> Row:
     """What all rows of a run have in common."""
     facts: Row = {
         "bench": "rollout",
@@ -127,7 +127,7 @@ def facts_of(case: Case, ceilings: Ceilings, threads: int, peers: Sequence[str])
         "model": case.model,
         "image_size": case.image_size,
         "text_tokens": case.text_tokens,
-        "peers": sorted(peers),
+        "peers": sorted(args.peer),
         "images": case.images,
         "tokens": case.num_tokens,
         "guidance_scale": case.guidance_scale,
@@ -142,7 +142,7 @@ def facts_of(case: Case, ceilings: Ceilings, threads: int, peers: Sequence[str])
     }
     if case.device.type == "cpu":
         facts |= {"device": cpu_model(), "cpu_features": " ".join(cpu_features())}
-        facts["threads"] = threads
+        facts |= {"threads": args.threads, "clock": args.clock}
     return facts
 
 
@@ -157,6 +157,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), help="bfloat16 on a GPU, float32 on a CPU")
     add("--device", type=torch.device, default=torch.device("cpu"))
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="on a CPU")
+    add("--clock", choices=["wall", "process"], default="wall", help="process: one thread's CPU")
     add("--positions", type=int, nargs="+", help="tokens to time; default 1, quarters and the last")
     add("--samples", type=int, default=15, help="timed steps at each position")
     add("--rollouts", type=int, default=1, help="whole rollouts of each contender; 0 skips them")
@@ -201,12 +202,13 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     on_cpu = args.device.type == "cpu"
-    with pinned_threads(args.threads) if on_cpu else nullcontext():
-        ceilings = ceilings_of(args.device, args.dtype)
+    with pinned_threads(args.threads) if on_cpu else nullcontext(), kept_heap():
+        clock = clock_named(args.clock, args.device, args.threads)
+        ceilings = ceilings_of(args.device, args.dtype, clock)
         for _policy, cases in groupby(cases_of(args), key=attrgetter("model", "image_size")):
             policy: LlamaGen | None = None
             for case in cases:
-                facts = facts_of(case, ceilings, args.threads, args.peer)
+                facts = facts_of(case, ceilings, args)
                 if args.resume and is_measured(args.output, facts):
                     continue
                 policy = case.policy() if policy is None else policy

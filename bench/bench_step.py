@@ -30,7 +30,7 @@ from step_case import TOKENIZERS, TOWERS, Judges, StepCase, StepContender
 from step_checks import differences
 from step_ours import OurStep
 from timing import clock_named, pinned_threads
-from turns import OtherWork, PeakMemory, timing_of
+from turns import OtherWork, PeakMemory, kept_heap, timing_of
 
 from argrpo.environment import cpu_features, cpu_model
 from argrpo.models.llamagen import LlamaGen
@@ -233,7 +233,8 @@ def cases_of(args: argparse.Namespace) -> list[StepCase]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    with pinned_threads(args.threads) if args.device.type == "cpu" else nullcontext():
+    on_cpu = args.device.type == "cpu"
+    with pinned_threads(args.threads) if on_cpu else nullcontext(), kept_heap():
         for case in cases_of(args):
             facts = facts_of(case, args)
             if args.resume and is_measured(args.output, facts):

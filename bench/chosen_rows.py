@@ -5,7 +5,7 @@ made, the one with the most contenders is taken, and the last of those: figures 
 each other were then measured beside each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,35 @@ def by_contender(run: Sequence[Row]) -> dict[str, Row]:
 
 def source_of(row: Row) -> str:
     """Where and by what a row was measured, in words."""
+    return sources_of({"": [row]})
+
+
+def sources_of(runs: Mapping[str, Sequence[Row]]) -> str:
+    """Where and by what runs were measured, in words, with their names where they differ."""
+    by_place: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        by_place.setdefault(_place_of(run[0]), []).append(name)
+    said = []
+    for place, names in by_place.items():
+        rows = [row for name in names for row in runs[name]]
+        whose = f" ({', '.join(names)})" if len(by_place) > 1 else ""
+        said.append(f"{place}{_others(rows)}{whose}")
+    return "; ".join(said)
+
+
+def _place_of(row: Row) -> str:
     threads = f", {row['threads']} threads" if row.get("threads", 1) > 1 else ""
     if row.get("threads") == 1:
         threads = ", 1 thread"
-    busy = row.get("others_busy_cores")
-    shared = "" if busy is None else f", others kept {busy:.2f} cores busy"
     if row.get("clock") == "process":
         threads += ", CPU time of the process"
-    return f"{row['device']}{threads}, {row['date']}, commit {row['commit']}{shared}"
+    return f"{row['device']}{threads}, {row['date']}, commit {row['commit']}"
+
+
+def _others(rows: Sequence[Row]) -> str:
+    """Cores that others kept busy, the least and the most."""
+    busy = [row["others_busy_cores"] for row in rows if "others_busy_cores" in row]
+    if not busy:
+        return ""
+    least, most = f"{min(busy):.2f}", f"{max(busy):.2f}"
+    return f", others kept {least if least == most else f'{least} to {most}'} cores busy"

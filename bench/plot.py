@@ -11,11 +11,11 @@ Each has a panel for a CPU and one for a GPU; a panel without rows says "not mea
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chosen_rows import DEVICES, RESULTS, by_contender, rows_of, runs_by, source_of
+from chosen_rows import DEVICES, RESULTS, by_contender, rows_of, runs_by, sources_of
 from result_rows import Row
 
 from argrpo.step_clock import PHASES
@@ -98,7 +98,7 @@ def throughput(axes: Any, rows: Sequence[Row]) -> None:
         side("{x:g}")
     axes.set_xlabel("images drawn together")
     axes.set_ylabel("images a second")
-    _finish(axes, next(iter(runs.values())))
+    _finish(axes, {f"{images} images": list(run.values()) for images, run in runs.items()})
 
 
 def positions(axes: Any, rows: Sequence[Row]) -> None:
@@ -115,7 +115,7 @@ def positions(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"position of the token, {images} images")
     axes.set_ylabel("ms a step (p20 to p80)")
-    _finish(axes, run)
+    _finish(axes, {"": list(run.values())})
 
 
 def phases(axes: Any, rows: Sequence[Row]) -> None:
@@ -131,7 +131,7 @@ def phases(axes: Any, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(right=1.3 * max(below))  # room for the legend
     axes.set_xlabel("seconds a step")
-    _finish(axes, run)
+    _finish(axes, {"": list(run.values())})
 
 
 def _names(runs: Any) -> list[str]:
@@ -142,14 +142,14 @@ def _color(name: str) -> str:
     return _COLORS.get(name, "#607d8b")
 
 
-def _finish(axes: Any, run: dict[str, Row]) -> None:
+def _finish(axes: Any, runs: Mapping[str, Sequence[Row]]) -> None:
     """A legend, a grid, and what was measured where."""
-    one = next(iter(run.values()))
+    one = next(iter(runs.values()))[0]
     what = (
         f"{one['model']} {one['image_size']} px, guidance {one['guidance_scale']:g}, {one['dtype']}"
     )
     axes.set_title(what, fontsize=9, loc="right")
-    axes.set_xlabel(f"{axes.get_xlabel()}\n{source_of(one)}", fontsize=7)
+    axes.set_xlabel(f"{axes.get_xlabel()}\n{sources_of(runs).replace('; ', chr(10))}", fontsize=7)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
 

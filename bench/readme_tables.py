@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
 
-from chosen_rows import RESULTS, by_contender, rows_of, runs_by, source_of
+from chosen_rows import RESULTS, by_contender, rows_of, runs_by, source_of, sources_of
 from result_rows import ROOT, Row
 from scale_model import PUBLISHED, predicted_table
 
@@ -151,7 +151,8 @@ def _steps(results: Path) -> list[str]:
     for name, row in by_contender(run).items():
         cells = [worse(row[f"{phase}_ms"] / 1e3, name == OURS) for phase in PHASES]
         whole = worse(row["p50_ms"] / 1e3, name == OURS)
-        table.append([_named(name), *cells, whole, low(row["over_ours"]), high(row["peak_mb"])])
+        peak = worse(row["peak_mb"], name == OURS)
+        table.append([_named(name), *cells, whole, low(row["over_ours"]), peak])
     head = ("seconds", *PHASES, "step", "over ours", "peak MB")
     return [
         f"{said} GPT-{one['model']} at {one['image_size']} pixels, {one['images']} images in "
@@ -206,9 +207,9 @@ def _leave_one_out(results: Path) -> list[str]:
                 low(brute["over_ours"]), f"{Decimal(high(ours['difference'], 2)):.1e}",
             ]
         )  # fmt: skip
-    one = list(runs.values())[-1][0]
     head = ("", "ours, ms", "one decomposition an image, ms", "over ours", "largest difference")
-    return [f"{said} fp64; {source_of(one)}:", "", *_table(head, table)]
+    named = {case.removeprefix("loo_fid "): run for case, run in runs.items()}
+    return [f"{said} fp64; {sources_of(named)}:", "", *_table(head, table)]
 
 
 def _decodes(results: Path) -> list[str]:
@@ -219,7 +220,8 @@ def _decodes(results: Path) -> list[str]:
     table = [
         [
             f"{row['contender']}, {row['dtype']}", str(row["images"]),
-            worse(row["ms_per_image"], row["contender"] == OURS), low(row["percent_of_limit"]),
+            worse(row["ms_per_image"], row["contender"] == OURS),
+            better(row["percent_of_limit"], row["contender"] == OURS),
         ]
         for run in runs.values()
         for row in run
@@ -227,7 +229,7 @@ def _decodes(results: Path) -> list[str]:
     one = list(runs.values())[-1][0]
     head = ("", "images at once", "ms an image", "% of a large product's rate")
     return [
-        f"{said} {one['tokenizer']} at {one['image_size']} pixels; {source_of(one)}:",
+        f"{said} {one['tokenizer']} at {one['image_size']} pixels; {sources_of(runs)}:",
         "", *_table(head, table),
     ]  # fmt: skip
 

@@ -90,6 +90,37 @@ def test_ours_and_a_peer_stand_rounded_in_opposite_ways(
     assert "a CPU, 2 threads, 2026-01-02, commit abc1234, others kept 0.50 cores busy" in text
 
 
+def test_runs_of_several_places_are_told_apart(
+    tables: ModuleType, write: Callable[..., Path]
+) -> None:
+    both = {"bench": "loo_fid", "device": "a CPU", "date": "2026-01-02", "difference": 1e-9}
+    rows = [
+        {**both, "case": f"loo_fid {case}", "commit": commit, "contender": name,
+         "others_busy_cores": busy, "p50_ms": 2.0, "over_ours": 1.0}
+        for case, commit, busy in (("a", "abc1234", 0.1), ("b", "abc1234", 0.3), ("c", "old", 0.0))
+        for name in ("argrpo", "brute force")
+    ]  # fmt: skip
+    text = tables.block(write("loo_fid_cpu", *rows))
+    assert (
+        "a CPU, 2026-01-02, commit abc1234, others kept 0.10 to 0.30 cores busy (a, b); "
+        "a CPU, 2026-01-02, commit old, others kept 0.00 cores busy (c):"
+    ) in text
+
+
+def test_memory_of_a_peer_is_rounded_for_it(tables: ModuleType, write: Callable[..., Path]) -> None:
+    row = {
+        "bench": "step", "case": "a step", "model": "B", "image_size": 128, "images": 4, "group": 4,
+        "guidance_scale": 2.0, "tokenizer": "VQ-16", "judges": ["clip"], "dtype": "float32",
+        "device": "a CPU", "date": "2026-01-02", "commit": "abc1234", "p50_ms": 1000.0,
+        "over_ours": 1.0, "peak_mb": 1234.5,
+        **{f"{phase}_ms": 200.0 for phase in tables.PHASES},
+    }  # fmt: skip
+    found = write("step_cpu", *({**row, "contender": name} for name in ("argrpo", "plain")))
+    text = tables.block(found)
+    assert line_of(text, "argrpo |")[-1] == "1,240"
+    assert line_of(text, "AR-GRPO's arithmetic")[-1] == "1,230"
+
+
 def test_the_newest_commit_counts_and_of_it_the_run_with_the_most_contenders(
     tables: ModuleType, write: Callable[..., Path]
 ) -> None:
