@@ -116,8 +116,7 @@ class JsonClient:
             ValueError: no such kind of address.
             FileNotFoundError: the key is not there.
         """
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{place}.url: expected http://... or https://..., got {url!r}")
+        _check_url(url, place)
         self.url = url
         self._connection = connection
         self._headers = {"Content-Type": "application/json", **connection.headers(place)}
@@ -143,6 +142,9 @@ class JsonClient:
                     problem = f"no answer within {self._connection.timeout_s:g} s"
                 except httpx.TransportError as error:
                     problem = f"{type(error).__name__} {error}".strip()
+                except httpx.RequestError as error:  # as a body that is not packed as it says
+                    problem = f"{type(error).__name__} {error}".strip()
+                    raise RequestError(f"{self.url}: {problem}", attempt) from error
                 else:
                     if response.status_code == 200:
                         return Reply(_parsed(response, self.url, attempt), attempt)
@@ -198,10 +200,21 @@ def retry_after(header: str | None, now: float) -> float | None:
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
+def _check_url(url: str, place: str) -> None:
+    try:
+        parsed = httpx.URL(url)
+        is_server = parsed.scheme in ("http", "https") and bool(parsed.host)
+        is_server = is_server and (parsed.port or 0) < 2**16
+    except httpx.InvalidURL:
+        is_server = False
+    if not is_server:
+        raise ValueError(f"{place}.url: expected http://HOST... or https://HOST..., got {url!r}")
+
+
 def _parsed(response: httpx.Response, url: str, num_retries: int) -> Any:
     try:
         return json.loads(response.content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second where it is nested without end
         problem = f"expected JSON, got {_quoted(response.text)} ({error})"
         raise RequestError(f"{url}: {problem}", num_retries) from error
 

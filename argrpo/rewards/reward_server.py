@@ -175,9 +175,14 @@ def read_scores(value: Any, count: int, low: float, high: float) -> Tensor:
         raise RequestError(f'expected {{"scores": [...]}}, got {str(value)[:200]}')
     if len(scores) != count:
         raise RequestError(f"expected {count} scores, got {len(scores)}")
+    # Beyond it fp32 would be infinite.
+    largest = torch.finfo(torch.float32).max
+    low, high = max(low, -largest), min(high, largest)
     is_number = [isinstance(s, int | float) and not isinstance(s, bool) for s in scores]
-    numbers = [float(s) if ok else math.nan for s, ok in zip(scores, is_number, strict=True)]
-    kept = [s if low <= s <= high and math.isfinite(s) else math.nan for s in numbers]
+    kept = [
+        float(s) if ok and low <= s <= high else math.nan
+        for s, ok in zip(scores, is_number, strict=True)
+    ]
     return torch.tensor(kept, dtype=torch.float32)
 
 

@@ -203,7 +203,7 @@ def read_completion(value: Any) -> vlm_questions.Answer:
         if not isinstance(text, str):
             raise TypeError("content is no text")
         return vlm_questions.Answer(text, choice.get("finish_reason") != "length", _tokens(choice))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         problem = f"expected a chat completion, got {str(value)[:200]} ({error!r})"
         raise RequestError(problem) from error
 
@@ -215,10 +215,27 @@ def _tokens(choice: Mapping[str, Any]) -> list[TokenOdds] | None:
         return None
     return [
         TokenOdds(
-            token["token"],
+            _text_of(token),
             # The token itself may lie below the most likely ones that are listed.
-            {token["token"]: float(token["logprob"])}
-            | {top["token"]: float(top["logprob"]) for top in token.get("top_logprobs") or []},
+            {
+                _text_of(each): _logprob_of(each)
+                for each in (token, *(token.get("top_logprobs") or []))
+            },
         )
         for token in said
     ]
+
+
+def _text_of(token: Mapping[str, Any]) -> str:
+    text = token["token"]
+    if not isinstance(text, str):
+        raise TypeError("a token is no text")
+    return text
+
+
+def _logprob_of(token: Mapping[str, Any]) -> float:
+    logprob = float(token["logprob"])
+    # A hundredth, for servers that round.
+    if not logprob <= 0.01:
+        raise ValueError(f"log-probability {logprob:g}")
+    return logprob

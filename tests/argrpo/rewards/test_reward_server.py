@@ -22,7 +22,12 @@ from argrpo.rewards import serving
 from argrpo.rewards.image_transfer import from_png_base64
 from argrpo.rewards.json_client import Connection, JsonClient, retry_after
 from argrpo.rewards.protocols import Answer
-from argrpo.rewards.reward_server import DeqaReward, GenevalReward, ServerReward
+from argrpo.rewards.reward_server import (
+    DeqaReward,
+    GenevalReward,
+    ImageRewardServer,
+    ServerReward,
+)
 from argrpo.rewards.serving import make_server, of_judge
 
 Start = Callable[[Callable[[Any], None]], str]
@@ -150,12 +155,27 @@ def test_retry_after_is_read_as_seconds_and_as_a_date() -> None:
         (b'{"scores": [0.1, 0.2]}', "expected 3 scores, got 2"),
         (b'{"scores": 0.5}', 'expected {"scores": [...]}'),
         (b"[0.1, 0.2, 0.3]", 'expected {"scores": [...]}'),
+        (b"[" * 100_000, "expected JSON"),
     ],
 )
 def test_an_answer_that_is_none_is_told_and_not_asked_for_again(
     scripted_server: Start, content: bytes, problem: str
 ) -> None:
     _expect_none(_ask(scripted_server(lambda e: e.reply(content))), problem, retries=0)
+
+
+def test_a_body_that_is_not_packed_as_it_says_is_no_answer(scripted_server: Start) -> None:
+    url = scripted_server(lambda e: e.reply(b'{"scores": [0, 0, 0]}', Content_Encoding="gzip"))
+    _expect_none(_ask(url), "DecodingError", retries=0)
+
+
+@pytest.mark.parametrize("number", ["1e39", "-1e39", "1e300", "9" * 400])
+def test_a_number_that_fp32_cannot_hold_is_no_score(scripted_server: Start, number: str) -> None:
+    content = f'{{"scores": [0.25, {number}, -0.75]}}'.encode()
+    judge = ImageRewardServer(scripted_server(lambda e: e.reply(content)), connection=_QUICK)
+    answer = asyncio.run(judge.ask(torch.rand(3, 3, 4, 4), _PROMPTS))
+    assert answer.scores[[0, 2]].tolist() == [0.25, -0.75] and answer.scores[1].isnan()
+    assert answer.num_failures == 1
 
 
 @pytest.mark.parametrize("wrong", ["1.5", "-0.1", "NaN", "Infinity", "null", '"0.5"', "true", "[]"])
@@ -249,7 +269,13 @@ def test_a_key_is_read_from_a_file_and_sent(scripted_server: Start, tmp_path: An
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "127.0.0.1:80"}, r"options\.url: expected http://\.\.\. or https://\.\.\., got"),
+        (
+            {"url": "127.0.0.1:80"},
+            r"options\.url: expected http://HOST\.\.\. or https://HOST.*, got",
+        ),
+        ({"url": "http://"}, r"options\.url: expected http://HOST.*, got 'http://'"),
+        ({"url": "http://[::1"}, r"options\.url: expected http://HOST"),
+        ({"url": "http://127.0.0.1:99999"}, r"options\.url: expected http://HOST"),
         ({"reward_batch": 0}, r"options\.reward_batch: expected at least 1, got 0"),
         ({"connection": {"timeout_s": 0}}, r"connection\.timeout_s: expected a finite number ab"),
         ({"connection": {"max_retries": -1}}, r"connection\.max_retries: expected at least 0"),

@@ -102,6 +102,16 @@ def test_unified_reward_reads_what_stands_behind_its_mark_and_sends_512_pixels(
         ([], "expected a chat completion"),
         (_completion(None), "expected a chat completion"),  # type: ignore[arg-type]
         (_completion('{"score": 3}', {"content": [{"token": "3"}]}), "expected a chat completion"),
+        *[
+            (_completion('{"score": 3}', {"content": [token]}), "expected a chat completion")
+            for token in (
+                {"token": None, "logprob": 0.0},
+                {"token": "3", "logprob": 1e4},
+                {"token": "3", "logprob": 10**400},
+                {"token": "3", "logprob": math.nan},
+                {"token": "3", "logprob": 0.0, "top_logprobs": [{"token": 4, "logprob": 0.0}]},
+            )
+        ],
     ],
 )
 def test_an_answer_without_a_score_is_no_score(
