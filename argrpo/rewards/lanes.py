@@ -106,6 +106,7 @@ class LocalLane:
             self.judge.rest()
         if not isinstance(self.judge, Answering):
             answer = Answer.of(answer.scores)
+        answer = answer.without_infinity()
         seconds, peak = self._calls.seconds(), self._calls.peak_bytes
         return Outcome(self.judge.name, answer, seconds, self.stretches.size, peak)
 
@@ -128,8 +129,7 @@ class RemoteLane:
         """Ask about [n, 3, H, W] on the CPU."""
         if not self._asked:
             self._started = time.perf_counter()
-        future = self._loop.submit(self.judge.ask(images, prompts))
-        future.add_done_callback(self._note_end)
+        future = self._loop.submit(self._ask(images, prompts))
         self._asked.append((future, len(prompts)))
 
     def outcome(self, due: float, deadline_s: float) -> Outcome:
@@ -144,22 +144,28 @@ class RemoteLane:
         late = f"no answer within {deadline_s:g} s of the step's last image"
         answers = []
         for future, count in self._asked:
-            answer = Answer.none(count, late)
             if future.done():
                 answer = future.result()
                 check_shape(self.judge, answer, count)
-            future.cancel()
+            else:
+                future.cancel()
+                answer = Answer.none(count, late)
+                self._ended = time.perf_counter()
             answers.append(answer)
+        answer = Answer.joined(answers).without_infinity()
         seconds = self._ended - self._started
-        return Outcome(self.judge.name, Answer.joined(answers), seconds, self.stretches.size)
+        return Outcome(self.judge.name, answer, seconds, self.stretches.size)
 
     def cancel(self) -> None:
         """Give up all requests."""
         for future, _ in self._asked:
             future.cancel()
 
-    def _note_end(self, future: Future[Answer]) -> None:
+    async def _ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
+        answer = await self.judge.ask(images, prompts)
+        # Not in a callback of the future, which may come after whoever waits for it has gone on.
         self._ended = time.perf_counter()
+        return answer
 
 
 def check_shape(judge: Judge, answer: Answer, count: int) -> None:

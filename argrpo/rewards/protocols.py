@@ -8,7 +8,7 @@ the members of the smaller protocols, which are optional.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -47,6 +47,20 @@ class Answer:
         failures = int(scores.isnan().sum())
         problem = f"NaN for {failures} of {len(scores)} images" if failures else None
         return cls(scores, failures, 0, problem)
+
+    def without_infinity(self) -> "Answer":
+        """Infinite scores are NaN and failures: one would make a whole group NaN. Waits for the
+        device."""
+        infinite = self.scores.isinf()
+        count = int(infinite.sum())
+        if not count:
+            return self
+        return replace(
+            self,
+            scores=self.scores.masked_fill(infinite, torch.nan),
+            num_failures=self.num_failures + count,
+            problem=f"infinity for {count} of {len(self.scores)} images",
+        )
 
     @classmethod
     def joined(cls, parts: Sequence["Answer"]) -> "Answer":

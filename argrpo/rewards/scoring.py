@@ -41,12 +41,7 @@ class Scores:
     weigh_first: bool  # see ParityConfig.weights_before_normalization
 
     def advantages(self, group_size: int) -> Advantages:
-        """Each image against the others of its prompt.
-
-        Raises:
-            ValueError: a score is infinite; its judge is named.
-        """
-        self._check_finite()
+        """Each image against the others of its prompt."""
         if self.config.aggregation == "sum_then_normalize":
             rewards = combine_rewards(self.values, self.weights, missing=self.config.missing)
             return group_advantages(rewards.view(-1, group_size), scale=self.config.scale)
@@ -70,16 +65,6 @@ class Scores:
                 metrics[f"{prefix}/{name}/mean"] = scored.mean().item()
                 metrics[f"{prefix}/{name}/std"] = scored.std().item() if len(scored) > 1 else 0.0
         return {**metrics, **self.measured}
-
-    def _check_finite(self) -> None:
-        for name, column in zip(self.names, self.values.unbind(1), strict=True):
-            where = column.isinf().nonzero().flatten().tolist()
-            if where:
-                raise ValueError(
-                    f"rewards.{name}: expected finite scores, or NaN for not scored, got "
-                    f"{column[where[0]]:g} for image {where[0]}, as for {len(where)} of "
-                    f"{len(column)} images"
-                )
 
     def _by_kind(self) -> tuple[Tensor, Tensor]:
         """Columns that are normalised apart, and their weights: the weighted sum of all judges of

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -171,6 +172,35 @@ def test_who_has_not_answered_by_the_deadline_has_no_score(
         scores[[0, 1, 2, 6, 7, 8, 9]], images.mean(dim=(1, 2, 3))[[0, 1, 2, 6, 7, 8, 9]]
     )
     assert outcome.answer.problem == "no answer within 0.2 s of the step's last image"
+
+
+def test_an_infinite_score_is_none_and_takes_no_other_with_it(
+    images: Tensor, loop: BackgroundLoop
+) -> None:
+    class Huge(Local):
+        def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+            scores = images.mean(dim=(1, 2, 3))
+            return scores.masked_fill(torch.tensor([p.prompt_id == 5 for p in prompts]), torch.inf)
+
+    class HugeRemote(Remote):
+        async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
+            return Answer.of(Huge()(images, prompts))
+
+    for outcome in _outcomes([Huge(), HugeRemote()], images, loop):
+        scores = outcome.answer.scores
+        assert scores[5].isnan() and scores.isfinite().sum() == _N - 1, outcome.name
+        assert outcome.answer.num_failures == 1
+        assert outcome.answer.problem == "infinity for 1 of 10 images"
+
+
+def test_seconds_of_a_server_are_between_the_first_image_and_the_last_answer(
+    images: Tensor, loop: BackgroundLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whoever waits goes on before a future calls back.
+    with monkeypatch.context() as patched:
+        patched.setattr(Future, "_invoke_callbacks", lambda self: None)
+        (outcome,) = _outcomes([Remote()], images, loop)
+    assert 0.0 <= outcome.seconds < 30.0
 
 
 def test_what_a_judge_of_yours_raises_ends_the_step(images: Tensor, loop: BackgroundLoop) -> None:
