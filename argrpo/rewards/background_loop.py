@@ -1,10 +1,16 @@
 """One event loop in a thread of its own, for all that waits for servers."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+_LOG = logging.getLogger(__name__)
+
+CLOSING_S = 5.0
+"""Seconds that work has to end once it is told to."""
 
 Result = TypeVar("Result")
 
@@ -28,15 +34,27 @@ class BackgroundLoop:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
-        """Cancel what is under way and end the thread; `submit` then starts another."""
+        """Cancel what is under way and end the thread; `submit` then starts another.
+
+        Work that blocks the thread, or does not let itself be cancelled, is left behind.
+        """
         loop, thread = self._loop, self._thread
         if loop is None or thread is None:
             return
-        asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
+        self._loop = self._thread = None
+        ended = asyncio.run_coroutine_threadsafe(_cancel_others(), loop)
+        ended.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+        try:
+            ended.result(CLOSING_S)
+        except TimeoutError:
+            _LOG.warning(
+                "judges: expected all requests to end within %g s, got one that does not; an async "
+                "judge has to await what it waits for, else it holds up all others",
+                CLOSING_S,
+            )
+            return
         thread.join()
         loop.close()
-        self._loop = self._thread = None
 
 
 async def _cancel_others() -> None:

@@ -11,6 +11,7 @@ Shapes: N images of a step, n of them.
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from argrpo.data import Prompt
 from argrpo.engine.ranges import Ranges, no_ranges
-from argrpo.rewards.background_loop import BackgroundLoop
+from argrpo.rewards.background_loop import CLOSING_S, BackgroundLoop
 from argrpo.rewards.lanes import Judge, LocalLane, Outcome, RemoteLane
 from argrpo.rewards.protocols import Closing, ContextReward, RemoteReward, StepContext
 
@@ -36,7 +37,7 @@ class Asking:
         they are needed."""
         for judge in judges:
             if isinstance(judge, Closing):
-                self.loop.submit(judge.close()).result()
+                wait([self.loop.submit(judge.close())], CLOSING_S)
         self.loop.close()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
+from argrpo.rewards import background_loop, pool
 from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.lanes import Judge, Outcome
 from argrpo.rewards.pool import Asking, Scoring
@@ -283,6 +284,35 @@ def test_a_loop_that_was_closed_gives_up_its_work_and_starts_again() -> None:
     assert waiting.cancelled()
     assert loop.submit(one()).result(timeout=10) == 1
     loop.close()
+
+
+def test_a_judge_that_blocks_the_loop_costs_its_scores_and_not_the_end_of_the_run(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (background_loop, pool):
+        monkeypatch.setattr(module, "CLOSING_S", 0.1)
+    released = threading.Event()
+
+    class Blocking(Remote):
+        async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
+            released.wait(30)  # as requests.post would, where a server hangs
+            return Answer.of(images.mean(dim=(1, 2, 3)))
+
+        async def close(self) -> None: ...
+
+    asking, judge = Asking(BackgroundLoop(), 0.2), Blocking(reward_batch=_N)
+    scoring = Scoring([judge], _PROMPTS, asking)
+    scoring.add(images)
+    assert scoring.finish()[0].answer.num_failures == _N
+    started = time.perf_counter()
+    asking.close([judge])
+    # Two waits of 0.1 s; the rest is a busy machine's.
+    assert time.perf_counter() - started < 5
+    assert "has to await what it waits for" in caplog.text
+    (after,) = _outcomes([Remote()], images, asking.loop)
+    assert after.answer.num_failures == 0
+    released.set()
+    asking.loop.close()
 
 
 def test_a_judge_may_leave_the_device_once_it_has_scored_all(
