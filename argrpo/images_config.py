@@ -96,13 +96,16 @@ class ImagesConfig:
 
     @property
     def policies(self) -> dict[str, str]:
-        """Paths by name: the last part of a path, numbered where it comes twice."""
+        """Paths by name, of which no two are alike: the last part of a path, numbered where it
+        comes twice."""
         paths = self.compare or [str(self.policy)]
         stems = [Path(path.removeprefix("digits:")).stem for path in paths]
         names = [
             stem if stems.count(stem) == 1 else f"{stem}_{place}"
             for place, stem in enumerate(stems, start=1)
         ]
+        if len(set(names)) < len(names):  # of best_2, a/best and b/best
+            names = [f"{place}_{stem}" for place, stem in enumerate(stems, start=1)]
         return dict(zip(names, paths, strict=True))
 
     def sampling_params(self, guidance_scale: float) -> SamplingParams:

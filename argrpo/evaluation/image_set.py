@@ -18,6 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,8 +131,15 @@ class ImageSet:
             progress: told (batches done, batches to do).
         """
         places = share.of(self.missing(looks))
+        if self.samples_path.is_file():
+            # In one pass, because the file is read from its start.
+            for done, (place, pixels) in enumerate(self._pixels(set(places)), start=1):
+                for look in looks:
+                    self._see(look, place, pixels)
+                progress(done, len(places))
+            return
         for done, place in enumerate(places, start=1):
-            if not (self.samples_path.is_file() or self._batch_path(place).is_file()):
+            if not self._batch_path(place).is_file():
                 drawn = draw(self.rows(place))
                 tensors = {"pixels": drawn.pixels.contiguous(), _ENTROPIES: drawn.entropies}
                 _save(self._batch_path(place), tensors)
@@ -142,13 +150,16 @@ class ImageSet:
     def _look(self, look: Look, places: set[int]) -> None:
         """Look at those of the batches that were not looked at yet."""
         unseen = {place for place in places if not self._views_path(look, place).is_file()}
-        if not unseen:
-            return
         for place, pixels in self._pixels(unseen):
-            images = pixels.permute(0, 3, 1, 2).float() / 255.0
-            found = look(self.rows(place), images)
-            tensors = {name: value.cpu().contiguous() for name, value in found.items()}
-            _save(self._views_path(look, place), tensors)
+            self._see(look, place, pixels)
+
+    def _see(self, look: Look, place: int, pixels: Tensor) -> None:
+        """Keep what is seen of a batch; nothing if that is done."""
+        path = self._views_path(look, place)
+        if path.is_file():
+            return
+        found = look(self.rows(place), pixels.permute(0, 3, 1, 2).float() / 255.0)
+        _save(path, {name: value.cpu().contiguous() for name, value in found.items()})
 
     def finish(self, others: Mapping[str, np.ndarray]) -> None:
         """Put all batches into samples.npz, with arrays beside them; nothing if that is done.
@@ -186,9 +197,10 @@ class ImageSet:
             yield self.rows(place), pixels
 
     def _pixels(self, places: set[int]) -> Iterator[tuple[int, Tensor]]:
-        if self.samples_path.is_file():
+        if places and self.samples_path.is_file():
             parts = enumerate(read_samples(self.samples_path, self._batch))
-            yield from ((place, pixels) for place, pixels in parts if place in places)
+            wanted = islice(parts, max(places) + 1)
+            yield from ((place, pixels) for place, pixels in wanted if place in places)
             return
         for place in sorted(places):
             yield place, load_file(self._batch_path(place))["pixels"]

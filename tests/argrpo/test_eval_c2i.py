@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from argrpo.evaluation.image_set import DrawnBatch
 from argrpo.evaluation.image_source import ImageSource
 from argrpo.evaluation.inception_score import inception_score
 from argrpo.evaluation.precision_recall import neighbourhoods
+from argrpo.evaluation.sample_files import read_samples
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
@@ -220,6 +221,28 @@ def test_more_images_leave_the_first_ones_as_they_are(
         assert np.array_equal(again, file["arr_0"])
 
 
+def test_another_network_looks_at_a_finished_set_in_one_pass(
+    config: C2iConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(config, num_images=24)
+    measured(small)
+    torch.manual_seed(1)
+    save_judge(DigitJudge(width=2, feature_dim=8), tmp_path / "judge")
+    other = replace(small, features_path=str(tmp_path / "judge"))
+    reads = []
+
+    def counted(path: Path, batch: int) -> Iterator[Tensor]:
+        reads.append(path)
+        return read_samples(path, batch)
+
+    monkeypatch.setattr(image_set, "read_samples", counted)
+    monkeypatch.setattr(ImageSource, "draw", lambda *_, **__: pytest.fail("drawn again"))
+    rows = measured(other).rows
+    assert reads == [samples_of(small)]
+    monkeypatch.undo()
+    assert measured(replace(other, output_dir=str(tmp_path / "fresh"))).rows == rows
+
+
 def test_a_comparison_tells_each_policys_best_guidance(config: C2iConfig, models: Path) -> None:
     both = [str(models / "base"), str(models / "tuned")]
     compared = replace(config, policy=None, compare=both, guidance_scales=[1.0, 3.0], num_images=24)
@@ -348,3 +371,5 @@ def test_names_from_digits_takes_the_embedded_judge_and_reference(config: C2iCon
 def test_policies_of_one_name_are_numbered(config: C2iConfig) -> None:
     both = replace(config, policy=None, compare=["a/best", "b/best", "x.pt"])
     assert both.policies == {"best_1": "a/best", "best_2": "b/best", "x": "x.pt"}
+    numbered = replace(config, policy=None, compare=["best_2", "a/best", "b/best"])
+    assert numbered.policies == {"1_best_2": "best_2", "2_best": "a/best", "3_best": "b/best"}
