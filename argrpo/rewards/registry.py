@@ -17,7 +17,7 @@ from argrpo.model_paths import named_within, resolve_path
 from argrpo.reward_config import RewardConfig
 from argrpo.rewards.callables import function_reward
 from argrpo.rewards.lanes import Judge
-from argrpo.rewards.protocols import DistributionReward, RemoteReward
+from argrpo.rewards.protocols import ContextReward, DistributionReward, RemoteReward
 from argrpo.rewards.sharing import SharedNetworks
 
 REWARDS = {
@@ -115,6 +115,11 @@ def _make_quantized(
     if isinstance(judge, DistributionReward):
         raise ValueError(
             f"rewards.name: expected a judge of single images to quantize, got {inner}"
+        )
+    if isinstance(judge, ContextReward):
+        raise ValueError(
+            f"rewards.name: expected a judge or a function of images and prompts to quantize, got "
+            f"{inner}, which is called as TRL calls it; let it return the steps itself"
         )
     name = name or f"{judge.name}_quantized"
     if isinstance(judge, RemoteReward):
