@@ -1,5 +1,6 @@
 """Writes checkpoints while the run goes on."""
 
+import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +12,8 @@ from torch import Tensor
 from argrpo.checkpoint_names import prune
 from argrpo.checkpoints import Snapshot, write_checkpoint
 from argrpo.non_finite import NonFiniteError
+
+_LOG = logging.getLogger(__name__)
 
 _LIVE = "expected finite weights in a checkpoint, got others"
 
@@ -69,6 +72,13 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
         self.check()
+
+    def finish(self) -> None:
+        """Wait where something else ends the run; what went wrong here is logged beside it."""
+        try:
+            self.wait()
+        except Exception as error:
+            _LOG.error("checkpoint: %s", error)
 
     def _write(self, snapshot: Snapshot) -> None:
         try:

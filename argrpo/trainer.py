@@ -285,6 +285,8 @@ class Trainer:
             self._lock.release()
 
     def _close(self) -> None:
+        # The lock is let go after this: nothing may write here any more.
+        self._writer.finish()
         self._judges.close()
         for tracker in self._trackers:
             tracker.close()
