@@ -76,8 +76,9 @@ class BestCheckpoint:
 
     def _write(self, policy: ImagePolicy, step: int, metrics: dict[str, float]) -> None:
         kept = self._folder.best_of(step)
-        # Left by a run in this folder that failed before its first step.
-        shutil.rmtree(kept, ignore_errors=True)
+        # Left by a run in this folder that failed before its first step, or was killed meanwhile.
+        for left in (kept, *kept.parent.glob(".best_step_*.part")):
+            shutil.rmtree(left, ignore_errors=True)
         record = {
             "step": step,
             "metric": self._metric,

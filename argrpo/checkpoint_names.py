@@ -58,8 +58,11 @@ def prune(folder: Path, *, keep_last: int | None, keep_every: int | None) -> Non
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what processes that were killed left half-written, or half-removed."""
-    for pattern in (".*.part", ".*.old"):
+    """Remove what processes that were killed left half-written, or half-removed.
+
+    Not what belongs to the best policy: another thread may be writing it at this moment.
+    """
+    for pattern in (".step_*.part", ".step_*.old", ".reference.*.part", ".optimizer_*.part"):
         for part in folder.glob(pattern):
             if part.is_dir() and not part.is_symlink():
                 shutil.rmtree(part)

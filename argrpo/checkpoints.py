@@ -217,16 +217,21 @@ def _check_files(path: Path, listed: dict[str, Any], wanted: set[str]) -> None:
 
 
 def _check_parts(folder: Path, name: object) -> None:
-    """Sizes of an optimizer's parts beside a checkpoint; their bytes are checked by who reads them,
-    each rank its share (sharded_state.py)."""
+    """An optimizer's parts beside a checkpoint (sharded_state.py). Every rank checks all of them,
+    so that all go back to the same checkpoint where one is damaged."""
     if name is None:
         return
-    listed = _json(folder / str(name) / "shards.json")
-    for file, record in listed.items():
-        path = folder / str(name) / file
-        size = path.stat().st_size if path.is_file() else None
-        if size != record[0]:
-            raise InvalidCheckpoint(f"{name}/{file}: expected {record[0]} bytes, got {size}")
+    path = folder / str(name)
+    try:
+        listed = _json(path / "shards.json")
+        records = {file: FileRecord(*record)._asdict() for file, record in listed.items()}
+        _check_files(path, records, {".metadata", *records})
+    except InvalidCheckpoint as error:
+        raise InvalidCheckpoint(f"{name}: {error}") from error
+    except TypeError as error:
+        raise InvalidCheckpoint(f"{name}/shards.json: expected sizes and hashes, got others") from (
+            error
+        )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> FileRecord:

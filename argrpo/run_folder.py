@@ -16,6 +16,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from argrpo.config import TrainConfig
+from argrpo.ranks import own_rank
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -138,8 +139,9 @@ class RunFolder:
 
     @property
     def watchdog_path(self) -> Path:
-        """Where the stacks of a run that stood still are."""
-        return self.path / "watchdog.txt"
+        """Where the stacks of a run that stood still are; each rank has its own."""
+        rank = f"_rank_{own_rank()}" if own_rank() else ""
+        return self.path / f"watchdog{rank}.txt"
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the run after a step; the policy in it is for load_policy."""

@@ -44,6 +44,13 @@ def test_a_higher_value_replaces_and_an_equal_one_does_not(
     assert kept_steps(RunFolder(tmp_path), policy, [1.0, 3.0, 2.0, 3.0, 4.0], "max") == [0, 1, 4]
 
 
+def test_what_a_killed_process_left_half_written_goes(policy: LlamaGen, tmp_path: Path) -> None:
+    half = tmp_path / "checkpoints" / ".best_step_000003.123.part"
+    half.mkdir(parents=True)
+    assert kept_steps(RunFolder(tmp_path), policy, [1.0], "max") == [0]
+    assert not half.exists()
+
+
 def test_a_lower_value_replaces_where_low_is_good(policy: LlamaGen, tmp_path: Path) -> None:
     assert kept_steps(RunFolder(tmp_path), policy, [3.0, 4.0, 1.0, 1.0], "min") == [0, 2]
 

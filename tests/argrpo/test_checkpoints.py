@@ -1,4 +1,7 @@
-"""Checkpoints on disk: killed, damaged or without room, there is a whole one to go on from."""
+"""Checkpoints on disk: killed, damaged or without room, there is a whole one to go on from.
+
+Over 300 lines because every way to lose a file is tried on the same small checkpoint.
+"""
 
 import errno
 import json
@@ -105,8 +108,8 @@ def in_memory() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def _killed_while_saving(folder: Path, after_s: float) -> int:
-    """The last save that was complete when the process was killed; 0 for none."""
+def _killed_while_saving(folder: Path, num_saves: int, after_s: float) -> int:
+    """Kill a process so long after a save of it; the last that was complete then, 0 for none."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -115,10 +118,13 @@ def _killed_while_saving(folder: Path, after_s: float) -> int:
         finally:
             os._exit(1)
     os.close(write)
+    # Counted in its own saves, so that a busy machine has as many of them as an idle one.
+    told = b""
+    while len(told) < 4 * num_saves and (part := os.read(read, 4)):
+        told += part
     time.sleep(after_s)
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    told = b""
     while part := os.read(read, 65536):
         told += part
     os.close(read)
@@ -134,8 +140,10 @@ def test_a_process_killed_while_it_saves_leaves_its_last_checkpoint(in_memory: P
     num_found = 0
     for number in range(NUM_KILLS):
         folder = in_memory / f"run_{number}"
-        completed = _killed_while_saving(folder, chance.uniform(0, 4 * one_save))
+        num_saves, after_s = chance.randrange(3), chance.uniform(0, 1.5 * one_save)
+        completed = _killed_while_saving(folder, num_saves, after_s)
         found = newest_valid(folder)
+        assert completed >= num_saves
         if found is None:
             assert completed == 0
             continue
@@ -150,7 +158,7 @@ def test_a_process_killed_while_it_saves_leaves_its_last_checkpoint(in_memory: P
         # And whoever comes next is not in its way.
         write_checkpoint(folder, snapshot(found.position.step + 1), None)
         shutil.rmtree(folder)
-    assert num_found > NUM_KILLS / 4, "too few processes came to a first save"
+    assert num_found > NUM_KILLS / 2, "too few processes came to a first save"
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path: Path) -> None:
@@ -158,6 +166,12 @@ def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path: Path) 
     (tmp_path / ".step_000001.123.part" / "model.safetensors").write_bytes(b"half")
     write_checkpoint(tmp_path, snapshot(1), None)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_best_policy_that_is_being_written_stays(tmp_path: Path) -> None:
+    (tmp_path / ".best_step_000001.123.part").mkdir()  # by the main thread, meanwhile
+    write_checkpoint(tmp_path, snapshot(1), None)
+    assert (tmp_path / ".best_step_000001.123.part").is_dir()
 
 
 def test_a_full_disk_leaves_what_stood(
@@ -235,12 +249,16 @@ def test_a_damaged_or_missing_reference_is_rejected(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that each example damages and mends."""
+    return write_checkpoint(tmp_path_factory.mktemp("fuzz"), snapshot(3, size=16), None)[0]
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_any_changed_byte_is_an_error_that_is_told(tmp_path_factory, data) -> None:
-    folder = tmp_path_factory.mktemp("fuzz")
-    path, _ = write_checkpoint(folder, snapshot(3, size=16), None)
-    file = path / data.draw(st.sampled_from(FILES))
+@given(data=st.data())
+def test_any_changed_byte_is_an_error_that_is_told(written: Path, data: st.DataObject) -> None:
+    file = written / data.draw(st.sampled_from(FILES))
     content = bytearray(file.read_bytes())
     place = data.draw(st.integers(0, len(content) - 1))
     kind = data.draw(st.sampled_from(["byte", "cut", "insert", "drop"]))
@@ -252,12 +270,15 @@ def test_any_changed_byte_is_an_error_that_is_told(tmp_path_factory, data) -> No
         content[place:place] = data.draw(st.binary(min_size=1, max_size=8))
     else:
         del content[place]
-    is_same = bytes(content) == file.read_bytes()
+    before = file.read_bytes()
+    is_same = bytes(content) == before
     file.write_bytes(bytes(content))
     try:
-        found = read_checkpoint(path)
+        found = read_checkpoint(written)
     except InvalidCheckpoint:
         return
+    finally:
+        file.write_bytes(before)
     # Only in what nothing depends on: white space, or the manifest's words for what is checked.
     assert is_same or file.name == "manifest.json"
     assert found.position.step == 3
@@ -281,6 +302,43 @@ def test_the_writer_takes_its_own_copy_and_tells_errors_later(
     writer.save(replace(snapshot(3), reference=None))
     writer.wait()
     assert [position.step for position, _ in positions(tmp_path)] == [3, 1]
+
+
+def test_a_writer_that_is_not_asked_again_logs_what_went_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = CheckpointWriter(tmp_path / "file", keep_last=None, keep_every=None, reference=None)
+    (tmp_path / "file").touch()
+    writer.save(snapshot(1))
+    writer.finish()
+    assert "checkpoint: " in caplog.text and "step_000001: expected a file" in caplog.text
+    writer.check()  # told once
+
+
+@pytest.mark.parametrize("harm", ["missing", "flipped", "no list", "other list"])
+def test_an_optimizer_in_parts_is_checked_with_its_checkpoint(tmp_path: Path, harm: str) -> None:
+    name = "optimizer_step_000001"
+    state = {"optimizer_parts": name}
+    path, _ = write_checkpoint(tmp_path, replace(snapshot(1), state=state), None)
+    parts = tmp_path / name
+    parts.mkdir()
+    for file in (".metadata", "__0_0.distcp", "__1_0.distcp"):
+        (parts / file).write_bytes(file.encode())
+    listed = {file.name: list(record_of(file)) for file in parts.iterdir()}
+    (parts / "shards.json").write_text(json.dumps(listed))
+    read_checkpoint(path)
+    match harm:
+        case "missing":
+            (parts / "__1_0.distcp").unlink()
+        case "flipped":
+            (parts / "__1_0.distcp").write_bytes(b"__1_1.distcp")
+        case "no list":
+            (parts / "shards.json").unlink()
+        case "other list":
+            (parts / "shards.json").write_text(json.dumps(dict.fromkeys(listed, 3)))
+    wanted = "__1_0.distcp" if harm in ("missing", "flipped") else "shards.json"
+    with pytest.raises(InvalidCheckpoint, match=f"{name}.*{wanted}"):
+        read_checkpoint(path)
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:

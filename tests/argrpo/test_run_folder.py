@@ -17,6 +17,14 @@ def test_a_new_folder_is_made_with_its_parents_and_left_empty(tmp_path: Path) ->
     assert list(folder.path.iterdir()) == []
 
 
+def test_each_rank_leaves_its_stacks_in_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = set()
+    for rank in range(2):
+        monkeypatch.setattr("argrpo.run_folder.own_rank", lambda rank=rank: rank)
+        paths.add(RunFolder(Path("run")).watchdog_path.name)
+    assert paths == {"watchdog.txt", "watchdog_rank_1.txt"}
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
 def test_a_folder_that_holds_another_run_is_refused_and_untouched(
     tmp_path: Path, name: str
