@@ -1,7 +1,11 @@
-"""A run that is killed anywhere goes on bit for bit: weights, optimizer, images and metrics."""
+"""A run that is killed anywhere goes on bit for bit: weights, optimizer, images and metrics.
+
+Over 300 lines because every place to die in is held against the same run that nobody stopped.
+"""
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -216,7 +220,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
     assert_same(left_by(tmp_path), whole)
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 7, 8])
+@pytest.mark.parametrize("count", [2, 5, 8])
 def test_a_signal_inside_a_step_saves_and_goes_on_bit_for_bit(
     tiny_models: Path, tmp_path: Path, whole: dict[str, object], count: int
 ) -> None:
@@ -307,6 +311,26 @@ def test_another_micro_batch_goes_on_within_rounding(
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
 
+def test_another_micro_batch_goes_on_within_rounding_in_bf16(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    config = made_config(tiny_models, tmp_path / "one", num_steps=2)
+    config = replace(config, policy=replace(config.policy, dtype="bfloat16"))
+    Trainer(config).train()
+    shutil.copytree(tmp_path / "one", tmp_path / "two", symlinks=True)
+    for name, size in (("one", 1), ("two", 2)):
+        again = replace(config, output_dir=str(tmp_path / name), resume="auto", num_steps=STEPS)
+        Trainer(replace(again, micro_batch=size)).train()
+    one, two = left_by(tmp_path / "one"), left_by(tmp_path / "two")
+    assert one["rows"][:2] == two["rows"][:2]
+    # bf16 passes of other sizes round a gradient apart by 2^-8 of its size, and so an optimizer step
+    # of 1e-2 by more than that only where micro-batches nearly cancel: half a step in eight.
+    for name in (key for key in one if key.startswith("training.safetensors/") and "master" in key):
+        assert (one[name] - two[name]).abs().max() < 5e-3, name
+    for row, other in zip(one["rows"], two["rows"], strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=0.02)
+
+
 def test_a_run_goes_on_in_another_folder(
     tiny_models: Path, tmp_path: Path, whole: dict[str, object]
 ) -> None:
@@ -380,10 +404,7 @@ def test_only_so_many_checkpoints_stay(tiny_models: Path, tmp_path: Path) -> Non
     assert names == ["step_000004", "step_000002"]
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step_000004"
     assert len(list((tmp_path / "checkpoints").glob("reference_*"))) == 1
-
-
-def test_a_saved_policy_loads_as_any_other(tiny_models: Path, tmp_path: Path) -> None:
-    Trainer(made_config(tiny_models, tmp_path)).train()
+    # And its policy loads as any other.
     loaded = load_policy(tmp_path / "checkpoints" / "latest")
     saved = load_file(tmp_path / "checkpoints" / "step_000004" / "model.safetensors")
     assert torch.equal(loaded.head_weight, saved["output.weight"])

@@ -162,6 +162,22 @@ def test_tensorboard_has_the_scalars_and_the_picture(
     assert [event.step for event in events.Images("samples")] == [0]
 
 
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_makes_again(
+    config: TrainConfig, folder: RunFolder
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for logged, steps, value in ((None, (1, 2, 3), 0.25), (1, (2,), 0.5)):
+        tracker = TensorBoardTracker()
+        tracker.start(config, folder, logged)
+        for step in steps:
+            tracker.log(step, {"reward": value})
+        tracker.close()
+    events = EventAccumulator(str(folder.path)).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("reward")]
+    assert found == [(1, 0.25), (2, 0.5)]
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str

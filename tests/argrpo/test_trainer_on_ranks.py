@@ -17,6 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import argrpo.sharded_optimizer
+import argrpo.sharded_policy
+import argrpo.sharded_state  # noqa: F401 (once here, and not a second long in each rank)
 from argrpo.config import TrainConfig
 from argrpo.data import Prompt
 from argrpo.data_config import DataConfig
@@ -193,16 +196,19 @@ def test_two_ranks_repeat_twenty_steps_bit_for_bit(
     "settings",
     [
         {"prompts_per_step": 8, "minibatches": 2, "inner_epochs": 2, "weight_ema": 0.9},
-        {"prompts_per_step": 2, "distributed": DistributedConfig(split_groups=True)},
-        {"parity": ParityConfig(label_dropout=0.5), "reward": "missing_where_dark"},
+        {
+            "prompts_per_step": 2,
+            "distributed": DistributedConfig(split_groups=True),
+            "parity": ParityConfig(label_dropout=0.5),
+            "reward": "missing_where_dark",
+        },
         {"dtype": "bfloat16"},
         {"distributed": SPREAD, "dtype": "bfloat16", "gradient_checkpointing": True},
         {"distributed": SPREAD, "objective": ObjectiveConfig(policy="guided", beta=0.1)},
     ],
     ids=[
         "minibatches",
-        "split groups",
-        "dropout",
+        "split groups, dropout",
         "bfloat16",
         "spread bfloat16",
         "spread guided",
@@ -318,10 +324,13 @@ def test_a_run_that_was_killed_goes_on_with_another_number_of_ranks(
     config = _config(models, tmp_path / "run", "killed_in_step_4", **settings)
     first, second = run_ranks(2, _trained, replace(config, output=every))
     assert isinstance(first.result, PeerError) and second.code == -signal.SIGKILL
-    # Another moment of the same run: its newest checkpoint lost a part, so the one before counts.
+    # The same run again: a bit of its newest checkpoint's parts flips, so the one before counts.
     shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=True)
     newest = max((tmp_path / "copy" / "checkpoints").glob("optimizer_step_*"))
-    next(newest.glob("__1_*")).unlink()
+    part = next(newest.glob("__1_*"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
     for name, count in (("run", 4), ("copy", 1)):
         again = replace(config, output=every, output_dir=str(tmp_path / name), resume="auto")
         found = run_ranks(count, _trained, again)[0].result[1]
