@@ -22,7 +22,7 @@ def _config(preset: str) -> TrainConfig:
     return parse_config(TrainConfig, ["--config", preset], command="", lists={})
 
 
-_JUDGES = [(p, r) for p in (*_ARGRPO, "loofid_c2i_l_256") for r in _config(p).rewards]
+_JUDGES = [(p, r) for p in (*_ARGRPO, "t2i_xl_256", "loofid_c2i_l_256") for r in _config(p).rewards]
 _SAID = {  # of what has to be fetched
     "hpsv2": r"options\.checkpoint: .*HPS_v2\.1_compressed\.pt \(published in xswu/HPSv2\)",
     "maniqa": r"options\.weights: .*ckpt_koniq10k\.pt \(published in IIGROUP/MANIQA",
