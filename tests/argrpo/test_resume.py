@@ -323,8 +323,8 @@ def test_another_micro_batch_goes_on_within_rounding_in_bf16(
         Trainer(replace(again, micro_batch=size)).train()
     one, two = left_by(tmp_path / "one"), left_by(tmp_path / "two")
     assert one["rows"][:2] == two["rows"][:2]
-    # bf16 passes of other sizes round a gradient apart by 2^-8 of its size, and so an optimizer step
-    # of 1e-2 by more than that only where micro-batches nearly cancel: half a step in eight.
+    # bf16 passes of other sizes round a gradient apart by 2^-8 of its size, and an optimizer step
+    # of 1e-2 by more only where micro-batches nearly cancel: half of one step in all eight.
     for name in (key for key in one if key.startswith("training.safetensors/") and "master" in key):
         assert (one[name] - two[name]).abs().max() < 5e-3, name
     for row, other in zip(one["rows"], two["rows"], strict=True):
