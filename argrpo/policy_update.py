@@ -29,7 +29,7 @@ from argrpo.models.image_policy import ImagePolicy
 from argrpo.non_finite import NonFiniteError, RefusedUpdate
 from argrpo.rank_optimizer import make_trained
 from argrpo.schedules import learning_rate
-from argrpo.state_names import named, part_of, with_prefixes
+from argrpo.state_names import named, part_of, whole_number, with_prefixes
 from argrpo.token_scores import TokensToScore, head_inputs, scored, with_null_labels
 
 _LOG = logging.getLogger(__name__)
@@ -206,8 +206,8 @@ class PolicyUpdate:
             self._optimizer.load_state_dict(part_of(state, "optimizer"))
         self._trained.publish()
         self._dropout.set_state(named(state, "dropout"))
-        self.num_optimizer_steps = int(named(state, "num_optimizer_steps"))
-        self._num_skipped = int(named(state, "num_skipped"))
+        self.num_optimizer_steps = whole_number(state, "num_optimizer_steps")
+        self._num_skipped = whole_number(state, "num_skipped")
 
     def _accumulate(self, tokens: TokensToScore, batch: LossBatch) -> LearnedBatch:
         """Forward and backward of a micro-batch; its gradient adds to that of the step."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -26,3 +27,14 @@ def named(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
         raise ValueError(f"{name}: expected in the state, got none of that name")
     return state[name]
+
+
+def whole_number(state: Mapping[str, Tensor], name: str) -> int:
+    """
+    Raises:
+        ValueError: there is none of that name, or it is no int64 number.
+    """
+    value = named(state, name)
+    if value.dtype != torch.int64 or value.dim() != 0:
+        raise ValueError(f"{name}: expected an int64 number, got {value.dtype} {list(value.shape)}")
+    return int(value)

@@ -82,7 +82,7 @@ def make_config(models: Path, output_dir: Path, profile: ProfileConfig) -> Train
         micro_batch=2,
         rollout=SamplingParams(guidance_scale=2.0),
         objective=ObjectiveConfig(beta=0.1),
-        output=OutputConfig(sample_every=0, sample_images=2, trackers=[]),
+        output=OutputConfig(sample_every=0, sample_images=2, save_every=3, trackers=[]),
         device="cpu",
         profile=profile,
     )
@@ -187,6 +187,7 @@ from argrpo.learner_config import *
 from argrpo.objective_config import *
 from argrpo.profile_config import *
 from argrpo.schedules import *
+from argrpo.text_config import *
 from argrpo.trainer import Trainer
 sys.modules["judge"] = type(sys)("judge")
 sys.modules["judge"].brightness = lambda images, prompts: images.mean(dim=(1, 2, 3))
