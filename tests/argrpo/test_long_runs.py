@@ -149,7 +149,7 @@ _NAMES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.dictionaries(st.sampled_from(_NAMES), _ANY, min_size=1, max_size=3))
 def test_any_settings_make_a_run_or_a_refusal_that_is_one_line(values: dict[str, Any]) -> None:
     words = ["--config", "digits.yaml"]
