@@ -13,6 +13,8 @@ Exit codes:
 
 Under torchrun `argrpo train` and `eval` are one run on several processes; all of them end with the
 code of the one that failed first, which alone says why. torchrun itself then ends with 1.
+
+Over 300 lines because every command begins here.
 """
 
 import argparse
@@ -28,11 +30,9 @@ from typing import NamedTuple
 from rich.console import Console
 
 import argrpo
+from argrpo.exit_codes import BUG, DONE, MACHINE, PREEMPTED, STOPPED, WRONG_INPUT, exit_code
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of each process that it starts
-
-DONE, BUG, WRONG_INPUT, NO_JUDGE, NOT_FINITE, MACHINE = 0, 1, 2, 69, 70, 74
-STOPPED, PREEMPTED = 130, 143  # 124 and a second signal's 130 end the process where they happen
 
 
 class _Command(NamedTuple):
@@ -98,7 +98,7 @@ def _run(chosen: argparse.Namespace) -> int:
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except Exception as error:
-        code = _exit_code(error, is_running)
+        code = exit_code(error, is_running)
         if code == BUG or chosen.traceback:
             raise
         return _failed(" ".join(str(error).split()), code)
@@ -267,33 +267,6 @@ def _cache_dir(asked: str | None) -> str:
     from argrpo.digits.assets import default_cache_dir
 
     return asked or str(default_cache_dir(os.environ.get("XDG_CACHE_HOME")))
-
-
-def _exit_code(error: Exception, is_running: bool) -> int:
-    """Whose fault an error is. Once a run is under way its input has been checked, and what looks
-    like wrong input is a bug, of argrpo or of a judge."""
-    import torch
-
-    from argrpo.image_folder import UnreadableImageError
-    from argrpo.non_finite import NonFiniteError
-    from argrpo.ranks import PeerError
-    from argrpo.rewards.failure_watch import JudgesUnavailableError
-    from argrpo.run_folder import StorageError
-
-    if isinstance(error, PeerError):
-        return BUG  # raised on, to _run_on_ranks
-
-    if isinstance(error, NonFiniteError):
-        return NOT_FINITE
-    if isinstance(error, JudgesUnavailableError):
-        return NO_JUDGE
-    if isinstance(error, StorageError | torch.OutOfMemoryError | MemoryError):
-        return MACHINE
-    if isinstance(error, UnreadableImageError):
-        return WRONG_INPUT
-    if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return BUG if is_running else WRONG_INPUT
-    return MACHINE if isinstance(error, OSError) else BUG
 
 
 def _failed(message: str, code: int) -> int:

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import argrpo.convert
-from argrpo.cli import DONE, MACHINE, WRONG_INPUT, main
+from argrpo.cli import main
+from argrpo.exit_codes import DONE, MACHINE, WRONG_INPUT
 from argrpo.models.checkpoint_files import read_checkpoint
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.llamagen_files import ArgrpoFolder

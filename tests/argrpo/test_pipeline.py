@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 import argrpo
-from argrpo.cli import DONE, main
+from argrpo.cli import main
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.exit_codes import DONE
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer

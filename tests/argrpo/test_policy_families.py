@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from argrpo.cli import DONE, WRONG_INPUT, main
+from argrpo.cli import main
 from argrpo.config import TrainConfig
 from argrpo.config_files import parse_config
 from argrpo.data import Prompt, load_prompts
 from argrpo.data_config import DataConfig
 from argrpo.engine.sampling_params import SamplingParams
+from argrpo.exit_codes import DONE, WRONG_INPUT
 from argrpo.memory_preflight import forecast_memory
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
@@ -191,7 +192,7 @@ def test_the_recipe_is_free_of_guidance_and_scores_what_drew() -> None:
     )
     assert config.rollout == SamplingParams(top_k=600, top_p=0.92)
     assert config.objective.policy == "guided"
-    assert config.data == DataConfig(names="imagenet", template="a photo of a {name}")
+    assert config.data == DataConfig(names="imagenet_synsets", template="a photo of a {name}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

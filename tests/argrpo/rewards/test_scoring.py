@@ -213,16 +213,6 @@ def test_a_missing_score_counts_as_zero_where_the_recipe_says_so(images: Tensor)
     torch.testing.assert_close(zero.advantages(4).values, wanted.values)
 
 
-def test_an_infinite_score_is_refused_by_the_name_of_its_judge(images: Tensor) -> None:
-    scores = _score(_judges("brightness", "Rarity", aggregation="normalize_then_sum"), images)
-    scores.values[[2, 5], 1] = torch.inf
-    wanted = (
-        r"rewards\.rarity: expected finite scores, .* got inf for image 2, as for 2 of 8 images"
-    )
-    with pytest.raises(ValueError, match=wanted):
-        scores.advantages(4)
-
-
 def test_a_missing_score_cannot_count_as_zero_where_it_would_be_normalised() -> None:
     with pytest.raises(ValueError, match=r"advantage\.missing: expected drop with aggregation nor"):
         AdvantageConfig(aggregation="normalize_kinds_then_sum", missing="zero")
