@@ -72,6 +72,7 @@ def kept_heap() -> Iterator[None]:
     finally:  # glibc's own values (mallopt(3))
         library.mallopt(_M_MMAP_MAX, 65536)
         library.mallopt(_M_TRIM_THRESHOLD, 128 << 10)
+        library.malloc_trim(0)  # what was kept goes back
 
 
 class PeakMemory:

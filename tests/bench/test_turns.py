@@ -17,9 +17,9 @@ def faults_of(times):  # pages asked for while 64 MiB are made and let go of so 
 
 outside = faults_of(4)
 with turns.kept_heap():
-    faults_of(1)  # takes it
+    faults_of(16)  # takes it, in a few pieces that alignment leaves too small at first
     inside = faults_of(4)
-print(outside, inside, faults_of(4))
+print(outside, inside, faults_of(1))
 """
 
 
@@ -31,4 +31,4 @@ def test_freed_memory_is_taken_again_without_the_system_and_given_back_at_the_en
     outside, inside, after = map(int, done.stdout.split())
     # Other threads of the process may ask for a few; huge pages are 32 to such a tensor.
     assert inside < outside / 4
-    assert after > outside / 4
+    assert after > outside / 8  # one tensor of four, less what is mapped around a fault
