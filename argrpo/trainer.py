@@ -261,9 +261,10 @@ class Trainer:
         if path == self._saved:
             return
         with self._ranges("checkpoint"):
+            self._writer.wait()
+            # Asked now: the checkpoint before may just have written it.
             wants_reference = self._writer.reference is None
             # All ranks take part: each holds a part of the optimizer's state.
-            self._writer.wait()
             self._state.write_parts(self._folder.checkpoints_path)
             snapshot = self._state.snapshot(with_reference=wants_reference)
             if is_first():
