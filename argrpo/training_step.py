@@ -231,7 +231,7 @@ class TrainingStep:
                 **self._collection.measured(collected),
                 **advantages.metrics(),
             },
-            extras_over_ranks(self._judges.extras()),
+            extras_over_ranks(scores.extras),
             bool(advantages.used.any()),
             scores.names,
             scores.values,

@@ -25,17 +25,15 @@ Source: huggingface/trl at f2cd577, trl/trainer/grpo_trainer.py, `_calculate_rew
 
 import asyncio
 import inspect
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
 from argrpo.rewards.image_transfer import pil_images
-from argrpo.rewards.protocols import Answer, StepContext
+from argrpo.rewards.protocols import Answer, Logged, StepContext
 
 Function = Callable[..., Any]
 
@@ -89,39 +87,25 @@ class AsyncFunctionReward:
 class _TrlCall:
     """What one function is called with, and what it logs."""
 
-    def __init__(self, name: str, function: Function) -> None:
+    def __init__(self, name: str, function: Function, context: StepContext | None = None) -> None:
         self.name = name
         self._function = function
         parameters = inspect.signature(function).parameters
         self._named = set(parameters)
         self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self._context = StepContext()
-        self._logged: defaultdict[str, list[float]] = defaultdict(list)
-        self._extras: defaultdict[str, list[Any]] = defaultdict(list)
+        self._context = context or StepContext()
 
-    def see(self, context: StepContext) -> None:
-        """What is known of the images that are scored next."""
-        self._context = context
+    def seeing(self, context: StepContext) -> Self:
+        """The same function, for the images of a step."""
+        return type(self)(self.name, self._function, context)
 
-    def metrics(self) -> dict[str, float]:
-        """What log_metric was given since it was asked last."""
-        found = {name: fmean(values) for name, values in self._logged.items()}
-        self._logged.clear()
-        return found
-
-    def extras(self) -> dict[str, list[Any]]:
-        """What log_extra was given since it was asked last."""
-        found = dict(self._extras)
-        self._extras.clear()
-        return found
-
-    def _keywords(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Any]:
+    def _keywords(self, images: Tensor, prompts: list[Prompt], logged: Logged) -> dict[str, Any]:
         context, named = self._context, self._named
         found: dict[str, Any] = {
             "prompts": [prompt.text for prompt in prompts],
             "trainer_state": TrainerState(context.step, context.num_steps),
-            "log_metric": self._log_metric,
-            "log_extra": self._log_extra,
+            "log_metric": lambda name, value: _log(logged.metrics, name, [float(value)]),
+            "log_extra": lambda column, values: _log(logged.extras, column, values),
             "class_id": [prompt.class_id for prompt in prompts],
             "prompt_id": [prompt.prompt_id for prompt in prompts],
             "reference_image": [prompt.reference_image for prompt in prompts],
@@ -135,18 +119,16 @@ class _TrlCall:
             found["completion_ids"] = [[] for _ in prompts] if ids is None else ids.tolist()
         return found if self._takes_any else {k: v for k, v in found.items() if k in named}
 
-    def _log_metric(self, name: str, value: float) -> None:
-        self._logged[name].append(float(value))
-
-    def _log_extra(self, column: str, values: list[Any]) -> None:
-        self._extras[column].extend(values)
-
-    def _answer(self, returned: Any) -> Answer:
+    def _answer(self, returned: Any, logged: Logged) -> Answer:
         values = [value if value is None else float(value) for value in returned]
         scores = torch.tensor([torch.nan if value is None else value for value in values])
         failures = sum(value is not None and value != value for value in values)
         problem = f"NaN for {failures} of {len(values)} images" if failures else None
-        return Answer(scores, failures, 0, problem)
+        return Answer(scores, failures, 0, problem, logged)
+
+
+def _log(table: dict[str, list[Any]], name: str, values: list[Any]) -> None:
+    table.setdefault(name, []).extend(values)
 
 
 class TrlReward(_TrlCall):
@@ -158,7 +140,8 @@ class TrlReward(_TrlCall):
 
     def answer(self, images: Tensor, prompts: list[Prompt]) -> Answer:
         """As a call, and tells what does not apply from what failed."""
-        return self._answer(self._function(**self._keywords(images, prompts)))
+        logged = Logged()
+        return self._answer(self._function(**self._keywords(images, prompts, logged)), logged)
 
 
 class AsyncTrlReward(_TrlCall):
@@ -166,6 +149,7 @@ class AsyncTrlReward(_TrlCall):
 
     async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
         """One call."""
+        logged = Logged()
         # In a thread: making pictures would hold up the requests of the loop.
-        keywords = await asyncio.to_thread(self._keywords, images, prompts)
-        return self._answer(await self._function(**keywords))
+        keywords = await asyncio.to_thread(self._keywords, images, prompts, logged)
+        return self._answer(await self._function(**keywords), logged)

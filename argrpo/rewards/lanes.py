@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -39,13 +40,14 @@ class Outcome:
     peak_bytes: int | None = None  # of GPU memory in use at once while it worked, whoever's
 
     def metrics(self) -> dict[str, float]:
-        """seconds, batch, failures, retries, and on a GPU peak_bytes."""
+        """seconds, batch, failures, retries, on a GPU peak_bytes, and what the judge logged."""
         return {
             "seconds": self.seconds,
             "batch": float(self.batch),
             "failures": float(self.answer.num_failures),
             "retries": float(self.answer.num_retries),
             **({} if self.peak_bytes is None else {"peak_bytes": float(self.peak_bytes)}),
+            **{name: fmean(values) for name, values in self.answer.logged.metrics.items()},
         }
 
 

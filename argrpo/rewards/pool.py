@@ -137,7 +137,7 @@ class Scoring:
     def _give(self, lane: LocalLane | RemoteLane, images: Tensor) -> None:
         for rows in lane.stretches.ready(self._num_images):
             if isinstance(lane.judge, ContextReward):
-                lane.judge.see(self._seen())
+                lane.judge = lane.judge.seeing(self._seen())
             lane.take(images[rows], self._prompts[rows])
 
     def _seen(self) -> StepContext:

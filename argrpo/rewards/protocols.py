@@ -7,8 +7,8 @@ A judge is a `Reward`, a `RemoteReward` or a `DistributionReward`. What else it 
 the members of the smaller protocols, which are optional.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +27,28 @@ class Reward(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """What a judge has to say beside scores, of the same images."""
+
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """Logged as rewards/NAME/KEY, the mean of a step's values."""
+
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns of JSON values, for a table."""
+
+    @classmethod
+    def joined(cls, parts: Iterable["Logged"]) -> "Logged":
+        """One after the other."""
+        whole = cls()
+        for part in parts:
+            for name, values in part.metrics.items():
+                whole.metrics.setdefault(name, []).extend(values)
+            for column, cells in part.extras.items():
+                whole.extras.setdefault(column, []).extend(cells)
+        return whole
+
+
 @dataclass(frozen=True, slots=True, eq=False)  # eq would compare tensors
 class Answer:
     """What a judge said of some images, and what it took."""
@@ -35,6 +57,7 @@ class Answer:
     num_failures: int = 0  # images that it should have scored and did not
     num_retries: int = 0  # requests that were sent again
     problem: str | None = None  # of the last failure, in words
+    logged: Logged = field(default_factory=Logged)
 
     @classmethod
     def none(cls, count: int, problem: str, num_retries: int = 0) -> "Answer":
@@ -71,6 +94,7 @@ class Answer:
             sum(part.num_failures for part in parts),
             sum(part.num_retries for part in parts),
             problems[-1] if problems else None,
+            Logged.joined(part.logged for part in parts),
         )
 
 
@@ -158,15 +182,6 @@ class Resting(Protocol):
 
 
 @runtime_checkable
-class Tabling(Protocol):
-    """A judge that keeps something about each image for a table."""
-
-    def extras(self) -> dict[str, list[Any]]:
-        """Columns of JSON values since it was asked last."""
-        ...
-
-
-@runtime_checkable
 class Restorable(Protocol):
     """A distribution reward that goes on where its `state_dict` was taken."""
 
@@ -184,7 +199,8 @@ class StepContext:
 
 @runtime_checkable
 class ContextReward(Protocol):
-    """A judge that wants to know more of a step than images and prompts; it is called once a step,
-    right after this."""
+    """A judge that wants to know more of a step than images and prompts."""
 
-    def see(self, context: StepContext) -> None: ...
+    def seeing(self, context: StepContext) -> Reward | RemoteReward:
+        """This judge, for a call about the images of that step."""
+        ...

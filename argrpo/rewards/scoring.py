@@ -19,7 +19,6 @@ from argrpo.rewards.protocols import (
     Measuring,
     Restorable,
     StepContext,
-    Tabling,
 )
 from argrpo.rewards.registry import make_reward
 from argrpo.rewards.sharing import SharedNetworks
@@ -36,6 +35,7 @@ class Scores:
     weights: Tensor  # [R] fp32
     is_distribution: Tensor  # [R] bool: scored as part of all images, not one by one
     measured: dict[str, float]  # what else judges say, and what they took, by log name
+    extras: dict[str, dict[str, list[Any]]]  # of judges, for a table, by name and column
     outcomes: list[Outcome]  # of all judges that were asked
     config: AdvantageConfig
     weigh_first: bool  # see ParityConfig.weights_before_normalization
@@ -131,6 +131,7 @@ class Judges:
             monitor_names=[outcome.name for outcome in asked[1]],
             weights=self._weights,
             is_distribution=torch.tensor(are_distribution),
+            extras={o.name: o.answer.logged.extras for o in outcomes if o.answer.logged.extras},
             outcomes=outcomes,
             measured={
                 **_measured("rewards", self._rewards, asked[0]),
@@ -149,11 +150,6 @@ class Judges:
     def close(self) -> None:
         """Let go of servers. Judges can be asked again."""
         self._asking.close(self._all())
-
-    def extras(self) -> dict[str, dict[str, list[Any]]]:
-        """What judges kept for a table, by name and column, since they were asked last."""
-        found = {judge.name: judge.extras() for judge in self._all() if isinstance(judge, Tabling)}
-        return {name: columns for name, columns in found.items() if columns}
 
     def update(self) -> None:
         """Move the state of distribution rewards, once a step, after its images were learned."""

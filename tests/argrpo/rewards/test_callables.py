@@ -17,7 +17,8 @@ from argrpo.rewards.callables import (
     TrlReward,
     function_reward,
 )
-from argrpo.rewards.protocols import StepContext
+from argrpo.rewards.lanes import Outcome
+from argrpo.rewards.protocols import Answer, StepContext
 
 _PROMPTS = [Prompt("a cat", class_id=3, prompt_id=7), Prompt("a dog")]
 _IMAGES = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 4, 5)
@@ -27,7 +28,7 @@ def _seen(function: Any, context: StepContext | None = None) -> Tensor:
     judge = function_reward("judge", function)
     assert isinstance(judge, TrlReward)
     if context is not None:
-        judge.see(context)
+        judge = judge.seeing(context)
     return judge(_IMAGES, _PROMPTS)
 
 
@@ -96,9 +97,12 @@ def test_metrics_are_averaged_over_a_step_and_extras_kept_in_order() -> None:
 
     judge = function_reward("judge", reward)
     assert isinstance(judge, TrlReward)
-    judge(_IMAGES, _PROMPTS)
-    assert judge.metrics() == {"length": 3.0} and judge.metrics() == {}
-    assert judge.extras() == {"text": ["a cat", "a dog"]} and judge.extras() == {}
+    first, second = judge.answer(_IMAGES, _PROMPTS), judge.answer(_IMAGES, _PROMPTS)
+    assert first.logged.metrics == {"length": [2.0, 4.0]}
+    assert first.logged.extras == {"text": ["a cat", "a dog"]}
+    both = Answer.joined([first, second])
+    assert both.logged.extras == {"text": ["a cat", "a dog", "a cat", "a dog"]}
+    assert Outcome("judge", both, 0.0, 2).metrics()["length"] == 3.0
 
 
 def test_coroutine_functions_of_both_kinds_are_awaited() -> None:

@@ -245,8 +245,9 @@ def test_memory_that_runs_out_names_the_judge_and_what_to_do(
 
 def test_a_judge_that_asks_is_told_of_the_step(images: Tensor, loop: BackgroundLoop) -> None:
     class Curious(Whole):
-        def see(self, context: StepContext) -> None:
+        def seeing(self, context: StepContext) -> "Curious":
             self.seen = context
+            return self
 
     judge = Curious()
     scoring = Scoring([judge], _PROMPTS, Asking(loop, 1.0), StepContext(3, 9))
