@@ -51,8 +51,8 @@ TOWER_SIZE = 224  # pixels a side
 # Products of other batches sum in another order. Cosines of random towers, and MANIQA's averages,
 # are of the order of 1; bf16 has 8 bits.
 _SAME_SCORES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-# One grey level, normalised by the smallest deviation of a channel, and what clipping cuts.
-_SAME_PIXELS = 0.05
+# Two of 255 levels, over the smallest deviation of a channel: see rewards/tower_pixels.py.
+_SAME_PIXELS = 0.031
 
 
 class WrongScoresError(Exception):

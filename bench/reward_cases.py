@@ -100,7 +100,7 @@ def judge_calls(judge: Reward, images: Tensor) -> dict[str, Callable[[], Tensor]
 
 
 def pixel_calls(images: Tensor, size: int) -> dict[str, Callable[[], Tensor]]:
-    """Images to a tower's input: the batch as a tensor, and each as a Pillow picture."""
+    """Images to a tower's input: the batch as one tensor, and each as a Pillow picture."""
     pixels = TowerPixels(size)
 
     def as_tensor() -> Tensor:

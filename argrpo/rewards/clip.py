@@ -17,7 +17,7 @@ from argrpo.data import Prompt
 from argrpo.model_paths import named_within
 from argrpo.rewards.sharing import SharedNetworks
 from argrpo.rewards.tower_loading import TowerOptions, load_tower
-from argrpo.rewards.tower_pixels import INTERPOLATIONS
+from argrpo.rewards.tower_pixels import INTERPOLATIONS, ResizedAs
 from argrpo.rewards.towers import Tower
 
 
@@ -30,7 +30,8 @@ class CosineReward:
         factor: 1 for a cosine in [-1, 1].
         reward_batch: images embedded at a time; bounds memory.
         interpolation: None: as the tower was trained.
-        antialias: False only to follow a recipe that resizes without.
+        antialias: False only to follow a recipe that resizes tensors without.
+        resized_as: picture or tensor, as the judge was published.
     """
 
     def __init__(
@@ -42,12 +43,15 @@ class CosineReward:
         reward_batch: int = 64,
         interpolation: str | None = None,
         antialias: bool = True,
+        resized_as: ResizedAs = "picture",
     ) -> None:
         self.name = name
         self.reward_batch = reward_batch
         self._tower = tower
         self._factor = factor
-        self._pixels = tower.pixels._replace(antialias=antialias)
+        self._pixels = tower.pixels._replace(
+            antialias=antialias, resized_as=resized_as if antialias else "tensor"
+        )
         if interpolation is not None:
             if interpolation not in INTERPOLATIONS:
                 raise ValueError(
@@ -95,7 +99,7 @@ class ClipReward(CosineReward):
             pretrained: weights of an architecture, a file or a tag; None: the tag openai.
             tokenizer: of a CLIP of transformers whose folder has none.
             interpolation: bicubic or bilinear; None: as the tower was trained.
-            antialias: False only to follow a recipe that resizes without.
+            antialias: False only to follow a recipe that resizes tensors without.
             dtype: of the weights, float32 or bfloat16.
             device: where the towers run.
             reward_batch: images embedded at a time; bounds memory.
@@ -158,7 +162,7 @@ class Hpsv2Reward(CosineReward):
         with named_within(f"rewards.{name}.options"):
             wanted = TowerOptions(model, checkpoint, None, dtype, offload)
             tower = load_tower(wanted, shared or SharedNetworks(), device)
-        super().__init__(name, tower, reward_batch=reward_batch)
+        super().__init__(name, tower, reward_batch=reward_batch, resized_as="tensor")
 
 
 class PickScoreReward(CosineReward):

@@ -47,7 +47,7 @@ def test_the_aesthetic_score_is_that_of_its_layers_on_a_shared_tower(
     file = str(tmp_path / "head.pth")
     judge = AestheticReward(file, path, model="argrpo-tiny", **options)
     seen = _count_images(clip._tower._network.module, monkeypatch)
-    images = torch.rand(3, 3, 32, 32)
+    images = torch.randint(256, (3, 3, 32, 32)) / 255  # as of a file
     clip(images, _prompts("a", "b", "c"))
     scores = judge(images, _prompts("a", "b", "c"))
     assert seen == [3]

@@ -54,7 +54,7 @@ def test_a_clip_of_transformers_gives_the_cosine_of_the_library(clip_folder) -> 
 
     folder, model = clip_folder
     judge = ClipReward(str(folder), device=_CPU, reward_batch=2)
-    images = torch.rand(5, 3, 32, 32)
+    images = torch.randint(256, (5, 3, 32, 32)) / 255  # as of a file
     scores = judge(images, _prompts(*_TEXTS))
     pixels = (images - torch.tensor(judge._pixels.mean).view(3, 1, 1)) / torch.tensor(
         judge._pixels.std
@@ -101,11 +101,26 @@ def test_hpsv2_reads_the_wrapping_of_its_checkpoint(tower_files, tmp_path) -> No
     path, model = tower_files
     wrapped = {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}
     torch.save({**wrapped, "epoch": 3}, tmp_path / "hps.pt")
-    images, prompts = torch.rand(2, 3, 32, 32), _prompts("a cat", "a dog")
+    images, prompts = torch.rand(2, 3, 48, 48), _prompts("a cat", "a dog")
     judge = Hpsv2Reward(str(tmp_path / "hps.pt"), model="argrpo-tiny", device=_CPU)
-    clip = ClipReward("argrpo-tiny", path, device=_CPU, reward_batch=32)
+    # What its fork sees of an image: a tensor from end to end.
+    pixels = preprocess(images, TowerPixels(32, resized_as="tensor"))
+    with torch.no_grad():
+        image = F.normalize(model.encode_image(pixels), dim=1)
+    text = judge._tower.texts(["a cat", "a dog"], 2)
     # A library's product may sum in another order where weights lie at other addresses.
-    torch.testing.assert_close(judge(images, prompts), clip(images, prompts), atol=1e-6, rtol=0)
+    wanted = (image * text).sum(dim=1)
+    torch.testing.assert_close(judge(images, prompts), wanted, atol=1e-6, rtol=0)
+
+
+def test_a_tower_sees_pictures_unless_its_recipe_resizes_tensors(tower_files) -> None:
+    images, prompts = torch.rand(2, 3, 48, 48), _prompts("a cat", "a dog")
+    picture = ClipReward("argrpo-tiny", tower_files[0], device=_CPU)
+    levels = (images * 255).round() / 255
+    # What 8 bits cut off is no part of a picture, and is of a tensor.
+    torch.testing.assert_close(picture(images, prompts), picture(levels, prompts))
+    tensor = ClipReward("argrpo-tiny", tower_files[0], antialias=False, device=_CPU)
+    assert not torch.equal(tensor(images, prompts), tensor(levels, prompts))
 
 
 def test_pickscore_is_the_scaled_cosine(clip_folder) -> None:
