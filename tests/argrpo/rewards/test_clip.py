@@ -98,7 +98,7 @@ def test_bfloat16_towers_score_in_fp32_near_the_others(tower_files) -> None:
 
 
 def test_hpsv2_reads_the_wrapping_of_its_checkpoint(tower_files, tmp_path) -> None:
-    path, model = tower_files
+    _, model = tower_files
     wrapped = {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}
     torch.save({**wrapped, "epoch": 3}, tmp_path / "hps.pt")
     images, prompts = torch.rand(2, 3, 48, 48), _prompts("a cat", "a dog")

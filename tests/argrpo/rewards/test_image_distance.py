@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from argrpo.data import Prompt
+from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.image_distance import LpipsReward, MseReward
+from argrpo.rewards.pool import Asking, Scoring
 
 _CPU = torch.device("cpu")
 
@@ -42,6 +44,24 @@ def test_an_image_without_a_reference_is_not_scored(backbone) -> None:
     for judge in (MseReward(), LpipsReward(backbone[0], net="alex", device=_CPU, reward_batch=1)):
         assert judge(images, prompts).isnan().tolist() == [False, True, False]
         assert judge(images, [Prompt("a")] * 3).isnan().all()
+
+
+def test_only_an_image_beside_a_reference_can_fail(backbone) -> None:
+    images, prompts, _ = _pairs(3, 64)
+    prompts[1] = Prompt("a")
+    images[2] = torch.nan
+    prompts[2:] = [Prompt("a", reference_image=torch.rand(3, 64, 64))]
+    loop = BackgroundLoop()
+    for judge in (MseReward(), LpipsReward(backbone[0], net="alex", device=_CPU)):
+        # As a run asks it, which ends where too many images fail.
+        scoring = Scoring([judge], prompts, Asking(loop, 1.0))
+        scoring.add(images)
+        answer = scoring.finish()[0].answer
+        assert answer.scores.isnan().tolist() == [False, True, True]
+        assert answer.num_failures == 1
+        nowhere = judge.answer(images, [Prompt("a")] * 3)
+        assert nowhere.scores.isnan().all()
+        assert (nowhere.num_failures, nowhere.problem) == (0, None)
 
 
 def test_lpips_is_its_formula(backbone) -> None:
