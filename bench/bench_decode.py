@@ -7,7 +7,8 @@ The tokenizer is the published VQ-16 with random weights; a call decodes a batch
 with launches, as training does it. Contenders take turns:
 
     argrpo           `VQTokenizer.decode`, in fp32 and in bf16
-    channels_last    the same module with its weights and codes in that memory format
+    channels_last,   the same module with its weights and codes in the memory format that argrpo
+    contiguous       does not take on this device
     torch.compile    the decoder compiled (a GPU only: it takes minutes on a CPU)
 
 All must give the pixels of fp32 before anything is timed. `percent_of_limit` counts the operations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from itertools import product
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -40,6 +42,7 @@ from argrpo.models.vq import VQTokenizer
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS = "argrpo"
+_LAYOUTS = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
 # Of pixels in [0, 1], relative to their size: other orders of sums; bf16 keeps 8 bits.
 _SAME_PIXELS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
@@ -77,11 +80,20 @@ class DecodeCase:
         """Of convolutions and products, counted on tensors without data."""
         with torch.device("meta"):
             tokenizer = VQTokenizer(TOKENIZERS[self.tokenizer])
-            side = int(self.num_tokens**0.5)
+            side = isqrt(self.num_tokens)
             latents = torch.empty(self.batch, tokenizer.config.codebook_dim, side, side)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             tokenizer.decode_latents(latents)
         return int(counter.get_total_flops())
+
+
+def decode_in(layout: torch.memory_format, tokenizer: VQTokenizer, token_ids: Tensor) -> Tensor:
+    """What `VQTokenizer.decode` gives of square grids, at once, by networks in a given layout."""
+    side = isqrt(token_ids.shape[1])
+    codes = tokenizer.codes(token_ids.reshape(-1, side, side)).contiguous(memory_format=layout)
+    with torch.no_grad():
+        pixels = tokenizer.decoder(tokenizer.post_quant_conv(codes))
+    return pixels.float().mul_(0.5).add_(0.5).clamp_(0.0, 1.0)
 
 
 def contenders(
@@ -97,8 +109,9 @@ def contenders(
     for name in dict.fromkeys(["float32", *dtypes]):
         tokenizer = copy.deepcopy(plain).to(dtype=DTYPES[name])
         found[OURS, name] = decoder(tokenizer)
-        strided = copy.deepcopy(tokenizer).to(memory_format=torch.channels_last)
-        found["channels_last", name] = decoder(strided)
+        other = next(layout for layout in _LAYOUTS if layout != tokenizer.memory_format)
+        strided = copy.deepcopy(tokenizer).to(memory_format=other)
+        found[_LAYOUTS[other], name] = partial(decode_in, other, strided, token_ids)
         if compiled:
             whole = copy.deepcopy(tokenizer)
             whole.decoder.compile(dynamic=False)

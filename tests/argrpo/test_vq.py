@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from argrpo.models import vq
 from argrpo.models.vq import KNOWN_EXTRAS, VQConfig, VQTokenizer
 from argrpo.models.vq_shapes import infer_config
 
@@ -36,6 +37,13 @@ def expected() -> dict[str, Tensor]:
     return load_file(GOLDEN / "expected.safetensors")
 
 
+@pytest.fixture(params=(128, 32), ids=("contiguous", "channels_last"))
+def each_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The golden tokenizer has 32 channels: a bound of 32 gives it the layout of wider ones."""
+    monkeypatch.setattr(vq, "_CHANNELS_LAST_FROM", request.param)
+
+
+@pytest.mark.usefixtures("each_layout")
 @pytest.mark.parametrize("name", GRIDS)
 def test_decoded_images_match_the_reference(
     name: str, tokenizer: VQTokenizer, expected: dict[str, Tensor]
@@ -45,6 +53,7 @@ def test_decoded_images_match_the_reference(
     torch.testing.assert_close(pixels, expected[f"{name}_image"], **TOLERANCE)
 
 
+@pytest.mark.usefixtures("each_layout")
 @pytest.mark.parametrize("name", GRIDS)
 def test_latents_match_the_reference(
     name: str, tokenizer: VQTokenizer, expected: dict[str, Tensor]
@@ -53,6 +62,7 @@ def test_latents_match_the_reference(
     torch.testing.assert_close(latents, expected[f"{name}_quant_input"], **TOLERANCE)
 
 
+@pytest.mark.usefixtures("each_layout")
 @pytest.mark.parametrize("name", GRIDS)
 def test_encoded_token_ids_equal_the_reference(
     name: str, tokenizer: VQTokenizer, expected: dict[str, Tensor]
@@ -85,6 +95,7 @@ def test_the_normalised_codebook_is_what_decodes(
     torch.testing.assert_close(longer.decode(token_ids), tokenizer.decode(token_ids), **TOLERANCE)
 
 
+@pytest.mark.usefixtures("each_layout")
 def test_batches_do_not_change_the_images(tokenizer: VQTokenizer) -> None:
     token_ids = torch.randint(0, 512, (5, 16), generator=torch.Generator().manual_seed(0))
     whole = tokenizer.decode(token_ids, decode_batch=5)
@@ -104,6 +115,29 @@ def test_decoding_holds_one_batch_of_activations(tokenizer: VQTokenizer) -> None
     tokenizer.decode(torch.zeros((7, 16), dtype=torch.int64), decode_batch=3)
     hook.remove()
     assert sizes == [3, 3, 1]
+
+
+@pytest.mark.parametrize(("channels", "strided"), [(128, True), (96, False)])
+def test_only_wide_networks_run_in_channels_last_from_end_to_end(
+    channels: int, strided: bool
+) -> None:
+    levels = {"encoder_multipliers": (1, 2), "decoder_multipliers": (1, 2), "num_res_blocks": 1}
+    model = VQTokenizer(VQConfig(codebook_size=16, z_channels=32, channels=channels, **levels))
+    kept: list[bool] = []
+    for name, module in model.named_modules():
+        # Attention works on rows of positions, whatever comes and goes.
+        if isinstance(module, (nn.Conv2d, nn.GroupNorm)) and "proj_out" not in name:
+            module.register_forward_hook(
+                lambda *call: kept.extend(
+                    x.is_contiguous(memory_format=torch.channels_last) for x in (*call[1], call[2])
+                )
+            )
+    images = model.decode(torch.arange(32).reshape(2, 16) % 16)
+    model.encode(images)
+    assert kept and (all(kept) if strided else not any(kept))
+    # What leaves is laid out as ever, and so is what a file would hold.
+    assert images.is_contiguous()
+    assert all(weight.is_contiguous() for weight in model.state_dict().values())
 
 
 def test_a_grid_that_is_not_square_is_row_major(tokenizer: VQTokenizer) -> None:
