@@ -1,8 +1,9 @@
 """JSON requests to a judge's server, with bounded patience.
 
 A request is sent again where the transport failed, or the server said 408, 429 or 5xx: those may
-pass. Anything else is an answer, if a useless one, and a second one would cost as much. What the
-server says is read as JSON and as nothing else: a reward server cannot run code here.
+pass. Anything else is an answer, if a useless one, and a second one would cost as much. Where a
+retry would come after the deadline of the step, as by a Retry-After of an hour, it is given up at
+once. What the server says is read as JSON and as nothing else: it cannot run code here.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ except ModuleNotFoundError as error:
         "expected the package httpx for judges behind servers, got none; "
         "pip install 'argrpo[judges]'"
     ) from error
+
+from argrpo.rewards.protocols import Due
 
 _PASSING = (408, 429)
 _MAX_BACKOFF_S = 30.0
@@ -125,8 +128,12 @@ class JsonClient:
         self._client: httpx.AsyncClient | None = None
         self._room = asyncio.Semaphore(connection.max_connections)
 
-    async def post(self, body: object) -> Reply:
+    async def post(self, body: object, due: Due = lambda: math.inf) -> Reply:
         """Send a request until it is answered, or patience ends.
+
+        Args:
+            body: what JSON can hold.
+            due: what would be sent again after this is given up at once.
 
         Raises:
             RequestError: there is no answer to use.
@@ -153,7 +160,12 @@ class JsonClient:
                         raise RequestError(f"{self.url}: {problem}", attempt)
                     wait_s = retry_after(response.headers.get("Retry-After"), time.time())
                 if attempt < self._connection.max_retries:
-                    await asyncio.sleep(self._backoff(attempt) if wait_s is None else wait_s)
+                    wait_s = self._backoff(attempt) if wait_s is None else wait_s
+                    left_s = max(due() - time.perf_counter(), 0.0)
+                    if wait_s > left_s:
+                        problem += f"; {left_s:.1f} s are left, a retry is due in {wait_s:.1f} s"
+                        raise RequestError(f"{self.url}: {problem}", attempt)
+                    await asyncio.sleep(wait_s)
         raise RequestError(f"{self.url}: {problem}", self._connection.max_retries)
 
     async def close(self) -> None:

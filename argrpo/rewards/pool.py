@@ -21,7 +21,14 @@ from argrpo.data import Prompt
 from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.rewards.background_loop import CLOSING_S, BackgroundLoop
 from argrpo.rewards.lanes import Judge, LocalLane, Outcome, RemoteLane
-from argrpo.rewards.protocols import Closing, ContextReward, RemoteReward, StepContext
+from argrpo.rewards.protocols import (
+    Closing,
+    ContextReward,
+    Due,
+    Punctual,
+    RemoteReward,
+    StepContext,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +71,8 @@ class Scoring:
         self._images: Tensor | None = None  # [N, 3, H, W], filled from the first on
         self._token_ids: list[Tensor] = []
         self._num_images = 0
-        self._last_added = 0.0
-        self._lanes = [_lane(judge, len(prompts), asking) for judge in judges]
+        self._deadline = _Deadline(asking.deadline_s)
+        self._lanes = [_lane(judge, len(prompts), asking, self._deadline) for judge in judges]
 
     @property
     def num_images(self) -> int:
@@ -85,7 +92,7 @@ class Scoring:
         self._num_images += len(images)
         if token_ids is not None:
             self._token_ids.append(token_ids)
-        self._last_added = time.perf_counter()
+        self._deadline.set()
         self._ask_servers()
         if images.is_cuda:
             self._work_here()
@@ -99,11 +106,10 @@ class Scoring:
             Exception: whatever a judge of the caller's raises.
         """
         assert self._num_images == len(self._prompts), "add all images first"
-        due = self._last_added + self._asking.deadline_s
         try:
             self._work_here()
             return [
-                lane.outcome(due, self._asking.deadline_s)
+                lane.outcome(self._deadline(), self._asking.deadline_s)
                 if isinstance(lane, RemoteLane)
                 else lane.outcome()
                 for lane in self._lanes
@@ -145,7 +151,24 @@ class Scoring:
         return replace(self._context, token_ids=ids)
 
 
-def _lane(judge: Judge, num_images: int, asking: Asking) -> LocalLane | RemoteLane:
+class _Deadline:
+    """A `Due`: seconds after the last image so far. No part of `Scoring`, so that a judge that
+    knows it does not hold the images."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._started = 0.0
+
+    def set(self) -> None:
+        """An image is there."""
+        self._started = time.perf_counter()
+
+    def __call__(self) -> float:
+        return self._started + self._seconds
+
+
+def _lane(judge: Judge, num_images: int, asking: Asking, due: Due) -> LocalLane | RemoteLane:
     if isinstance(judge, RemoteReward):
-        return RemoteLane(judge, num_images, asking.loop)
+        wanted = judge.before(due) if isinstance(judge, Punctual) else judge
+        return RemoteLane(wanted, num_images, asking.loop)
     return LocalLane(judge, num_images, asking.ranges)

@@ -7,7 +7,7 @@ A judge is a `Reward`, a `RemoteReward` or a `DistributionReward`. What else it 
 the members of the smaller protocols, which are optional.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -118,6 +118,19 @@ class RemoteReward(Protocol):
 
         Called from a thread of its own, and again before the last call has ended.
         """
+        ...
+
+
+Due = Callable[[], float]
+"""When an answer is too late, a time.perf_counter(); moves on while images are still to come."""
+
+
+@runtime_checkable
+class Punctual(Protocol):
+    """A `RemoteReward` that does not wait for what would come too late."""
+
+    def before(self, due: Due) -> RemoteReward:
+        """This judge, for questions that are to be answered by then."""
         ...
 
 

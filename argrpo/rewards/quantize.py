@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
-from argrpo.rewards.protocols import Answer, Closing, RemoteReward, Resting, Reward
+from argrpo.rewards.protocols import (
+    Answer,
+    Closing,
+    Due,
+    Punctual,
+    RemoteReward,
+    Resting,
+    Reward,
+)
 
 STEP_OPTIONS = ("thresholds", "values", "bins", "low", "high", "lowest", "highest")
 """Of the map; all others are the judge's."""
@@ -75,6 +83,12 @@ class QuantizedRemoteReward:
         scores = self._steps(answer.scores)
         lost = int((scores.isnan() & ~answer.scores.isnan()).sum())
         return replace(answer, scores=scores, num_failures=answer.num_failures + lost)
+
+    def before(self, due: Due) -> "QuantizedRemoteReward":
+        """This judge, for answers that are wanted by then, where the judge can be."""
+        if not isinstance(self._judge, Punctual):
+            return self
+        return QuantizedRemoteReward(self._judge.before(due), self._steps, self.name)
 
     async def close(self) -> None:
         """Let go of open connections."""

@@ -18,8 +18,9 @@ import asyncio
 import json
 import math
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from torch import Tensor
 from argrpo.data import Prompt
 from argrpo.rewards.image_transfer import pil_images, png_base64
 from argrpo.rewards.json_client import Connection, JsonClient, RequestError
-from argrpo.rewards.protocols import Answer
+from argrpo.rewards.protocols import Answer, Due
 
 
 class ServerReward:
@@ -72,6 +73,13 @@ class ServerReward:
         self._metadata = None if metadata is None else _read_metadata(metadata, place)
         wanted = Connection.of(connection, f"{place}.connection")
         self._client = JsonClient(url, wanted, place=place)
+        self._due: Due = lambda: math.inf
+
+    def before(self, due: Due) -> Self:
+        """This judge, on the same connections, for answers that are wanted by then."""
+        hurried = copy(self)
+        hurried._due = due
+        return hurried
 
     async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
         """One request."""
@@ -86,7 +94,7 @@ class ServerReward:
         body["images"] = await asyncio.to_thread(_encoded, images)
         num_retries = 0
         try:
-            reply = await self._client.post(body)
+            reply = await self._client.post(body, self._due)
             num_retries = reply.num_retries
             scores = read_scores(reply.value, len(prompts), self._low, self._high)
         except RequestError as error:

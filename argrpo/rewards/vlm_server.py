@@ -14,7 +14,8 @@ with AR-GRPO's in vlm_questions.py.
 import asyncio
 import math
 from collections.abc import Mapping
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ from argrpo.data import Prompt
 from argrpo.rewards import vlm_questions
 from argrpo.rewards.image_transfer import pil_images, png_base64
 from argrpo.rewards.json_client import Connection, JsonClient, RequestError
-from argrpo.rewards.protocols import Answer
+from argrpo.rewards.protocols import Answer, Due
 from argrpo.rewards.vlm_questions import TokenOdds, load_question, read_score
 
 _TOP_LOGPROBS = 20  # the most that OpenAI's interface gives; ten digits fit with room for spaces
@@ -83,6 +84,13 @@ class VlmServerReward:
         }
         wanted = Connection.of(connection, f"{place}.connection")
         self._client = JsonClient(f"{url.rstrip('/')}/chat/completions", wanted, place=place)
+        self._due: Due = lambda: math.inf
+
+    def before(self, due: Due) -> Self:
+        """This judge, on the same connections, for answers that are wanted by then."""
+        hurried = copy(self)
+        hurried._due = due
+        return hurried
 
     async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
         """One request an image."""
@@ -102,7 +110,7 @@ class VlmServerReward:
         body = {**self._request, "messages": [{"role": "user", "content": content}]}
         num_retries = 0
         try:
-            reply = await self._client.post(body)
+            reply = await self._client.post(body, self._due)
             num_retries = reply.num_retries
             said = read_completion(reply.value)
         except RequestError as error:

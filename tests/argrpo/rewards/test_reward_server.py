@@ -20,7 +20,7 @@ from torch import Tensor
 from argrpo.data import Prompt
 from argrpo.rewards import serving
 from argrpo.rewards.image_transfer import from_png_base64
-from argrpo.rewards.json_client import Connection, JsonClient, retry_after
+from argrpo.rewards.json_client import Connection, JsonClient
 from argrpo.rewards.protocols import Answer
 from argrpo.rewards.reward_server import (
     DeqaReward,
@@ -134,16 +134,11 @@ def test_a_server_that_asks_for_time_gets_it(scripted_server: Start) -> None:
         else:
             exchange.reply({}, 429, Retry_After="0.25")
 
-    assert _ask(scripted_server(script)).num_retries == 1
+    # Attempts that a busy machine cannot make fail by themselves.
+    patient = {**_QUICK, "timeout_s": 10.0}
+    assert _ask(scripted_server(script), connection=patient).num_retries == 1
     # 0.01 s is what the client would have waited by itself.
     assert times[1] - times[0] >= 0.25
-
-
-def test_retry_after_is_read_as_seconds_and_as_a_date() -> None:
-    assert retry_after("7", 0.0) == 7.0
-    assert retry_after("Thu, 01 Jan 1970 00:01:00 GMT", 45.0) == 15.0
-    assert retry_after("Thu, 01 Jan 1970 00:01:00 GMT", 90.0) == 0.0
-    assert [retry_after(text, 0.0) for text in (None, "soon", "nan", "inf")] == [None] * 4
 
 
 @pytest.mark.parametrize(
