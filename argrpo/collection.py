@@ -7,7 +7,7 @@ judging have a stream beside the one that draws. Overlap changes no bit of token
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -71,17 +71,15 @@ class Collection:
             with_monitors: ask the judges that only measure, too.
             support: remember which tokens the filters kept.
         """
-        prompts = self.prompts_of(step)
-        context = StepContext(step + 1, self._config.num_steps)
-        scoring = self._judges.begin(prompts, with_monitors=with_monitors, context=context)
-        try:
-            with self._aside.entered():
-                found = self._collect(prompts, step, support, scoring)
-            self._aside.lead_caller()
-        except BaseException:
-            scoring.cancel()
-            raise
-        return found
+        with self._scoring(step, with_monitors) as scoring:
+            return self._collect(step, support, scoring)
+
+    def collect_again(self, rollout: Rollout, step: int, *, with_monitors: bool) -> Collected:
+        """Hand the images of a rollout that `collect` drew to the judges once more, as it did."""
+        with self._scoring(step, with_monitors) as scoring:
+            parts = rollout.token_ids.split(self._config.tokenizer.decode_batch)
+            statistics = [self._hand_over(part, scoring) for part in parts]
+            return Collected(rollout, scoring, torch.cat(statistics))
 
     def prompts_of(self, step: int) -> list[Prompt]:
         """The prompt of each of this rank's images of a step."""
@@ -117,9 +115,23 @@ class Collection:
         batch = self._config.tokenizer.decode_batch
         return self._tokenizer.decode(rollout.token_ids, decode_batch=batch)
 
-    def _collect(
-        self, prompts: list[Prompt], step: int, support: bool, scoring: Scoring
-    ) -> Collected:
+    @contextmanager
+    def _scoring(self, step: int, with_monitors: bool) -> Iterator[Scoring]:
+        """All judges, ready for the images of a step; inside is beside the caller's stream."""
+        context = StepContext(step + 1, self._config.num_steps)
+        scoring = self._judges.begin(
+            self.prompts_of(step), with_monitors=with_monitors, context=context
+        )
+        try:
+            with self._aside.entered():
+                yield scoring
+            self._aside.lead_caller()
+        except BaseException:
+            scoring.cancel()
+            raise
+
+    def _collect(self, step: int, support: bool, scoring: Scoring) -> Collected:
+        prompts = self.prompts_of(step)
         conditions = self._prompts.conditions(prompts, repeats=1)
         batch = self._config.tokenizer.decode_batch
         parts: list[Rollout] = []

@@ -80,6 +80,11 @@ class TrainConfig:
     """Bound on the bytes of keys and values; None takes what the slots need and, on a GPU, no more
     than an optimizer step leaves."""
 
+    draw_ahead: bool = False
+    """Draw the images of the next step before this one's are scored, so that judges behind servers
+    have a whole step's time to answer. Images are then one step older than the policy that learns
+    from them: ratios compare with the policy that drew them."""
+
     deterministic: bool = False
     """Draw the same tokens whatever max_slots is, 8 images at a time."""
 
@@ -190,13 +195,12 @@ class TrainConfig:
                 f"objective.entropy_coef: expected 0 with entropy.control {self.entropy.control}, "
                 f"which sets it, got {objective.entropy_coef}"
             )
-        is_moving = self.updates_per_step > 1
         has_cap = objective.importance_sampling_cap is not None
-        if has_cap and is_moving and objective.old_logprobs == "draw":
+        if has_cap and self.keeps_old_logprobs and objective.old_logprobs == "draw":
             raise ValueError(
                 "objective.importance_sampling_cap: expected none with objective.old_logprobs draw "
-                f"and {self.updates_per_step} updates a rollout, whose ratios compare with the "
-                f"draw already, got {objective.importance_sampling_cap:g}; or set recomputed"
+                "and several updates a rollout or draw_ahead, whose ratios compare with the draw "
+                f"already, got {objective.importance_sampling_cap:g}; or set recomputed"
             )
         if objective.clip_components and self.advantage.aggregation == "sum_then_normalize":
             raise ValueError(
@@ -248,6 +252,11 @@ class TrainConfig:
     def updates_per_step(self) -> int:
         """Optimizer steps on each rollout."""
         return self.inner_epochs * self.minibatches
+
+    @property
+    def keeps_old_logprobs(self) -> bool:
+        """Whether the policy moves between a draw and the last update that learns from it."""
+        return self.updates_per_step > 1 or self.draw_ahead
 
 
 def describe(config: TrainConfig) -> list[str]:

@@ -209,7 +209,7 @@ class Learner:
     def _before_updates(self, rollout: Rollout, tokens: TokensToScore) -> Tensor | None:
         """[N, T] log-probs that ratios compare with; None: each pass is its own."""
         config = self._config
-        if config.updates_per_step == 1:
+        if not config.keeps_old_logprobs:
             return None
         if config.objective.old_logprobs == "draw":
             return rollout.logprobs
@@ -272,7 +272,7 @@ class Learner:
 
     def _draw_gap(self, rollout: Rollout, rows: Tensor, logprobs: Tensor) -> dict[str, float]:
         gap = draw_difference(rollout, rows, logprobs)
-        if self._config.objective.policy == "guided" and self._config.updates_per_step == 1:
+        if self._config.objective.policy == "guided" and not self._config.keeps_old_logprobs:
             # The ratio to its own pass would be 1; that to the draw says whether they agree.
             gap["ratio_max_abs_dev"] = draw_ratio(rollout, rows, logprobs)
         return gap

@@ -248,11 +248,10 @@ def _head_use(policy: ImagePolicy, config: TrainConfig, num_images: int) -> Memo
     hidden = weight.new_zeros(num_images * num_tokens, weight.shape[1]).requires_grad_()
     token_ids = torch.zeros(num_images * num_tokens, dtype=torch.int64, device=weight.device)
     zeros = torch.zeros(shape, device=weight.device)
-    several = config.updates_per_step > 1
     batch = LossBatch(
         zeros[:, 0],
         LossScale(num_images, num_images * num_tokens, num_tokens),
-        old_logprobs=zeros if several else None,
+        old_logprobs=zeros if config.keeps_old_logprobs else None,
         ref_logprobs=zeros if config.objective.beta > 0 else None,
         draw_logprobs=zeros if config.objective.needs_draw_logprobs else None,
     )
@@ -274,7 +273,8 @@ def _all_kept(policy: ImagePolicy, config: TrainConfig, num_rows: int) -> Tensor
 
 def _rollout_bytes(policy: ImagePolicy, config: TrainConfig) -> int:
     support = (policy.shape.vocab_size + 7) // 8 if _has_support(config) else 0
-    return config.images_per_step * policy.shape.num_image_tokens * (_TOKEN_BYTES + support)
+    num_images = config.images_per_step * (2 if config.draw_ahead else 1)
+    return num_images * policy.shape.num_image_tokens * (_TOKEN_BYTES + support)
 
 
 def _has_support(config: TrainConfig) -> bool:

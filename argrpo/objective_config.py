@@ -50,8 +50,9 @@ class ObjectiveConfig:
     at most this: corrects draws in another precision. Above 0; None weighs none."""
 
     old_logprobs: OldLogprobs = "recomputed"
-    """With several updates a rollout, what the ratio compares with: one more pass before the first
-    update, or the log-probs recorded at the draw, whose rounding then moves the ratio."""
+    """With several updates a rollout or with draw_ahead, what the ratio compares with: one more
+    pass by the policy that drew, or the log-probs recorded at the draw, whose rounding then moves
+    the ratio."""
 
     entropy_coef: float = 0.0
     """Reward for entropy, per token and nat, at least 0."""

@@ -6,6 +6,7 @@ judges.* entropy.*      distribution rewards, entropy control
 evaluation.*            scores of the base policy, for win rates; the value of the best policy
 random.*                the global generators, for judges of the caller's
 in_flight.*             a rollout that is drawn and judged, and how far its optimizer steps are
+ahead.*                 a rollout that was drawn before its turn, with draw_ahead
 pending                 a finished step that is not logged yet
 optimizer_parts         the folder of masters and moments, where ranks write them apart
 

@@ -218,8 +218,7 @@ class Trainer:
             step = state.num_finished
             with self.profile.tracing(step):
                 with self._ranges("step"):
-                    is_monitored = self._views.is_monitored(step + 1)
-                    outcome = self._step.run(step, with_monitors=is_monitored)
+                    outcome = self._step.run(step, is_monitored=self._views.is_monitored)
                     self._step.commit()
                 state.pending, state.num_finished = outcome, step + 1
                 metrics = self._conclude(outcome)

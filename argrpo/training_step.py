@@ -6,23 +6,26 @@
                                advantages and how far it is, because the weights have moved
     commit                     what moves once a step: distribution rewards, entropy control
 
+With draw_ahead the images of the next step are drawn, decoded and handed to the judges before this
+one's scores are waited for. They come from weights that are gone when their turn comes, so that
+their rollout is saved too.
+
 A process that is killed saves nothing; it goes on from its last checkpoint and replays the rest.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from argrpo.collection import Collection, draw_seed
+from argrpo.collection import Collection
 from argrpo.config import TrainConfig
 from argrpo.data import PromptSet
+from argrpo.drawn_step import DrawnStep, restored_draw
 from argrpo.engine.conditions import moved_to
-from argrpo.engine.rollout import Rollout
 from argrpo.entropy_control import EntropyControl
 from argrpo.experience import Experience
 from argrpo.learner import Learner
@@ -35,8 +38,8 @@ from argrpo.rewards.scoring import Judges
 from argrpo.run_folder import RunFolder
 from argrpo.state_names import part_of, with_prefixes
 from argrpo.step_clock import StepClock
+from argrpo.step_in_flight import StepInFlight
 from argrpo.step_progress import StepProgress
-from argrpo.token_scores import tokens_to_score
 
 
 class StepOutcome(NamedTuple):
@@ -47,48 +50,6 @@ class StepOutcome(NamedTuple):
 
 
 Breakable = Callable[[str], AbstractContextManager[object]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)  # eq would compare tensors
-class StepInFlight:
-    """A step whose images are drawn and judged."""
-
-    step: int  # 0-based
-    experience: Experience
-    progress: StepProgress
-    measured: dict[str, float]  # of images, scores and advantages, as they are logged
-    extras: dict[str, dict[str, list[Any]]]  # see StepOutcome
-    is_scored: bool  # whether any image of any rank learns
-    score_names: list[str]
-    scores: Tensor  # [N, R] fp32 on the CPU, of all ranks; for whoever asks what went wrong
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it, not copies; conditions and texts follow from the step."""
-        rollout, experience = self.experience.rollout, self.experience
-        found = {
-            "rollout.token_ids": rollout.token_ids,
-            "rollout.logprobs": rollout.logprobs,
-            "rollout.cond_logprobs": rollout.cond_logprobs,
-            "rollout.entropies": rollout.entropies,
-            "rollout.support": rollout.support,
-            "rollout.image_ids": rollout.image_ids,
-            "advantages": experience.advantages,
-            "used": experience.used,
-            "old_logprobs": experience.old_logprobs,
-            "ref_logprobs": experience.ref_logprobs,
-            "scores": self.scores,
-        }
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def state(self) -> dict[str, Any]:
-        """What JSON can hold of it."""
-        return {
-            "progress": self.progress.state(),
-            "measured": self.measured,
-            "extras": self.extras,
-            "is_scored": self.is_scored,
-            "score_names": self.score_names,
-        }
 
 
 class TrainingStep:
@@ -120,6 +81,7 @@ class TrainingStep:
         self._folder = folder
         self._breakable = breakable
         self._failures = FailureWatch(config.judging)
+        self._ahead: DrawnStep | None = None  # the step that is begun next
         self._device = learner.device
         self._random: dict[str, Tensor] | None = None  # of when it is to go on; None: now
         self._observed: float | None = None  # entropy of the step, until it is committed
@@ -127,8 +89,12 @@ class TrainingStep:
         self.problem: str | None = None
         """Of the judges, once the run has to end."""
 
-    def run(self, step: int, *, with_monitors: bool) -> StepOutcome:
+    def run(self, step: int, *, is_monitored: Callable[[int], bool]) -> StepOutcome:
         """All of a step but `commit`.
+
+        Args:
+            step: 0-based.
+            is_monitored: whether the judges that only measure are asked in a step, counted from 1.
 
         Raises:
             NonFiniteError: an optimizer step was refused; its images are in the run folder.
@@ -136,7 +102,7 @@ class TrainingStep:
         """
         self._clock.start_step()
         if self.in_flight is None:
-            self.in_flight = self._begun(step, with_monitors)
+            self.in_flight = self._begun(step, is_monitored)
             self._random = random_state(self._device)
         now = self.in_flight
         entropy_coef = self._entropy.coefficient(step)
@@ -173,13 +139,18 @@ class TrainingStep:
         self._observed = self._random = self.in_flight = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of this and its parts; not copies."""
+        """What a checkpoint holds of this and its parts; not copies, except what is drawn ahead.
+
+        All ranks call it together.
+        """
+        image_ids = self._collection.image_ids
         parts = {
             "learner": self._learner.state_dict(),
             "judges": self._judges.state_dict(),
             "entropy": self._entropy.state_dict(),
             "random": self._random or random_state(self._device),
             "in_flight": {} if self.in_flight is None else self.in_flight.tensors(),
+            "ahead": {} if self._ahead is None else self._ahead.tensors(image_ids),
         }
         return with_prefixes(parts)
 
@@ -205,26 +176,30 @@ class TrainingStep:
         self._failures.load_state(state["failures"])
         if state["in_flight"] is not None:
             self.in_flight = self._restored(step, part_of(tensors, "in_flight"), state["in_flight"])
+        if ahead := part_of(tensors, "ahead"):
+            self._ahead = self._restored_draw(step + (self.in_flight is not None), ahead)
 
-    def _begun(self, step: int, with_monitors: bool) -> StepInFlight:
+    def _begun(self, step: int, is_monitored: Callable[[int], bool]) -> StepInFlight:
         """Draw, decode and judge, and score what stays fixed while the policy moves."""
         self._random = random_state(self._device)
         with self._learner.undone_if_broken(), self._breakable("draw"):
-            collected = self._collection.collect(
-                step,
-                with_monitors=with_monitors,
-                support=self._config.rollout.is_filtered and self._learner.wants_support,
+            now = self._ahead
+            if now is None:
+                now = self._drawn(step, is_monitored(step + 1))
+            collected = now.collected or self._collection.collect_again(
+                now.rollout, step, with_monitors=is_monitored(step + 1)
             )
-            with self._clock.phase("logprob"):
-                # Needs no score, so judges work meanwhile.
-                fixed = self._learner.fixed_logprobs(collected.rollout)
+            ahead = None
+            if self._config.draw_ahead and step + 1 < self._config.num_steps:
+                ahead = self._drawn(step + 1, is_monitored(step + 2))
             scores = self._collection.scores(collected)
+        self._ahead = ahead
         self.problem = self._failures.observe(scores)
         advantages = scores.advantages(self._config.images_per_prompt)
         own = advantages.of_images(self._collection.image_ids)
         return StepInFlight(
             step,
-            self._learner.prepare(collected.rollout, own, fixed),
+            self._learner.prepare(now.rollout, own, now.fixed),
             StepProgress(),
             {
                 **scores.metrics(),
@@ -240,29 +215,18 @@ class TrainingStep:
     def _restored(
         self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
     ) -> StepInFlight:
-        config, here = self._config, self._own(tensors)
-        conditions = self._prompts.conditions(self._collection.prompts_of(step), repeats=1)
-        rollout = Rollout(
-            token_ids=here["rollout.token_ids"],
-            logprobs=here["rollout.logprobs"],
-            cond_logprobs=here.get("rollout.cond_logprobs"),
-            entropies=here["rollout.entropies"],
-            support=here.get("rollout.support"),
-            conditions=moved_to(conditions, self._device),
-            params=config.rollout,
-            seed=draw_seed(config.seed, step),
-            image_ids=here["rollout.image_ids"],
-        )
-        used = here["used"]
+        drawn, here = self._restored_draw(step, tensors), self._own(tensors)
+        rollout, used = drawn.rollout, here["used"]
+        needs_draw = self._config.objective.needs_draw_logprobs
         experience = Experience(
             rollout=rollout,
-            tokens=tokens_to_score(rollout, config.objective.policy),
+            tokens=drawn.fixed.tokens,
             advantages=here["advantages"],
             used=used,
             all_used=bool(used.all()),
-            old_logprobs=here.get("old_logprobs"),
-            ref_logprobs=here.get("ref_logprobs"),
-            draw_logprobs=rollout.logprobs if config.objective.needs_draw_logprobs else None,
+            old_logprobs=drawn.fixed.old,
+            ref_logprobs=drawn.fixed.reference,
+            draw_logprobs=rollout.logprobs if needs_draw else None,
         )
         progress = StepProgress.of(state["progress"], self._device)
         return StepInFlight(
@@ -275,6 +239,22 @@ class TrainingStep:
             list(state["score_names"]),
             tensors["scores"],
         )
+
+    def _restored_draw(self, step: int, tensors: dict[str, Tensor]) -> DrawnStep:
+        conditions = self._prompts.conditions(self._collection.prompts_of(step), repeats=1)
+        here = moved_to(conditions, self._device)
+        return restored_draw(self._own(tensors), here, step, self._config)
+
+    def _drawn(self, step: int, with_monitors: bool) -> DrawnStep:
+        collected = self._collection.collect(
+            step,
+            with_monitors=with_monitors,
+            support=self._config.rollout.is_filtered and self._learner.wants_support,
+        )
+        with self._clock.phase("logprob"):
+            # Needs no score, so judges work meanwhile.
+            fixed = self._learner.fixed_logprobs(collected.rollout)
+        return DrawnStep(collected.rollout, fixed, collected)
 
     def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rows of this rank's images, where one process saved those of all."""

@@ -7,9 +7,10 @@
 judges: CLIP (ViT-B/32, ViT-L/14), HPSv2 (ViT-H/14) and MANIQA at their published sizes with random
 weights, all images in a batch and one at a time, the same code and weights. pixels: from the
 decoder's floats to what a tower takes, as one tensor and as one Pillow picture after another. step:
-a training step with a judge behind a server that answers each image after --latency_s, and the same
-step without it. What is compared takes turns; a row a contender is appended to --output. A judge
-whose batch does not give the scores of single images is not timed, and the script ends with 1.
+a training step with a judge behind a server that answers each image after --latency_s, with and
+without drawing the next step ahead, and the same step without the judge. What is compared takes
+turns; a row a contender is appended to --output. A judge whose batch does not give the scores of
+single images is not timed, and the script ends with 1.
 """
 
 import argparse
@@ -91,7 +92,11 @@ def smooth_images(count: int, size: int, device: torch.device) -> Tensor:
 
 
 def step_rows(args: argparse.Namespace, folder: Path) -> list[Row]:
-    """A training step with a slow server among its judges, and without."""
+    """A training step with a slow server among its judges, and without.
+
+    A turn is two steps, of which the second counts: a server must not answer what was drawn ahead
+    while another contender has its turn.
+    """
     case = Case(
         model=args.model,
         image_size=args.step_image_size,
@@ -105,16 +110,18 @@ def step_rows(args: argparse.Namespace, folder: Path) -> list[Row]:
         trainers = {
             "without_server": make_trainer(case, folder, args.slots, None),
             "with_server": make_trainer(case, folder, args.slots, url),
+            "drawn_ahead": make_trainer(case, folder, args.slots, url, draw_ahead=True),
         }
         taken: dict[str, list[float]] = {name: [] for name in trainers}
         phases: dict[str, Row] = {}
-        for step in range(args.samples + 1):
+        for turn in range(args.samples + 1):
             for name, trainer in trainers.items():
-                found = take_step(trainer, step)
+                take_step(trainer, 2 * turn)
+                found = take_step(trainer, 2 * turn + 1)
                 phases[name] = {k: round(v, 3) for k, v in found.items() if k.startswith("time/")}
                 if found.get("rewards/vlm_rubric/failures", 0.0):
                     raise WrongScoresError("step: the server's judge did not score all images")
-                if step:  # the first one compiles, allocates and connects
+                if turn:  # the first one compiles, allocates and connects
                     taken[name].append(found["step_time"] * 1e6)
     timings = {name: timing_of(values) for name, values in taken.items()}
     facts: Row = {

@@ -147,7 +147,9 @@ def save_models(case: Case, folder: Path) -> None:
     save_tokenizer(VQTokenizer(config if wide else small), folder / "tokenizer")
 
 
-def make_trainer(case: Case, folder: Path, slots: int, url: str | None) -> Trainer:
+def make_trainer(
+    case: Case, folder: Path, slots: int, url: str | None, *, draw_ahead: bool = False
+) -> Trainer:
     """A run on the saved models, with a server among its judges where there is an address."""
     rewards = [RewardConfig(name="reward_cases:left_over_right")]
     if url is not None:
@@ -156,7 +158,7 @@ def make_trainer(case: Case, folder: Path, slots: int, url: str | None) -> Train
         )
     dtype = str(case.dtype).removeprefix("torch.")
     config = TrainConfig(
-        output_dir=str(folder / ("without_server" if url is None else "with_server")),
+        output_dir=str(folder / f"run_{url is not None}_{draw_ahead}"),
         policy=PolicyConfig(
             path=str(folder / "policy"), num_heads=MODELS[case.model].num_heads, dtype=dtype
         ),
@@ -168,6 +170,7 @@ def make_trainer(case: Case, folder: Path, slots: int, url: str | None) -> Train
         num_steps=1_000,
         micro_batch=8,
         max_slots=slots,
+        draw_ahead=draw_ahead,
         rollout=SamplingParams(guidance_scale=case.guidance_scale),
         output=OutputConfig(trackers=[]),
         device=case.device.type,
@@ -185,6 +188,6 @@ def take_step(trainer: Trainer, step: int) -> dict[str, float]:
     Returns:
         Its metrics.
     """
-    outcome = trainer._step.run(step, with_monitors=False)
+    outcome = trainer._step.run(step, is_monitored=lambda _: False)
     trainer._step.commit()
     return outcome.metrics

@@ -12,7 +12,7 @@ from result_rows import rows_in
 
 _OURS = "argrpo"
 # Of judges, pixels and steps with a server, where two ways of ours are compared: the one told.
-_FAST = ("batched", "tensor", "with_server")
+_FAST = ("batched", "tensor", "with_server", "drawn_ahead")
 
 
 def headlines(results: Path, device: str, commit: str) -> list[str]:

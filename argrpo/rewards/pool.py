@@ -3,8 +3,9 @@
 Judges behind servers get images as soon as they are there, and work while everything here goes on.
 Local judges run in the caller's thread: on a GPU at once, because launches return while the work is
 queued; on a CPU when all images are there, because they would only hold up the images that servers
-wait for. Which images a judge sees together is the same whenever they come (`Batched`), and scores
-are put together in the order of the images, so that overlap changes no bit of them.
+wait for; and where a step is drawn ahead, when its turn comes, because what a judge says may depend
+on the step before. Which images a judge sees together is the same whenever they come (`Batched`),
+and scores are put together in the order of the images, so that overlap changes no bit of them.
 
 Shapes: N images of a step, n of them.
 """
@@ -38,6 +39,7 @@ class Asking:
     loop: BackgroundLoop  # where judges behind servers are
     deadline_s: float  # that these have after the last image
     ranges: Ranges = no_ranges  # told which local judge is at work
+    local_at_once: bool = True  # whether local judges on a GPU begin before `finish`
 
     def close(self, judges: Sequence[Judge]) -> None:
         """Let go of the judges' servers, and end the thread that asks them; both come back when
@@ -94,7 +96,7 @@ class Scoring:
             self._token_ids.append(token_ids)
         self._deadline.set()
         self._ask_servers()
-        if images.is_cuda:
+        if images.is_cuda and self._asking.local_at_once:
             self._work_here()
 
     def finish(self) -> list[Outcome]:

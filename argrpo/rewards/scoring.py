@@ -87,7 +87,12 @@ class Judges:
         """`ranges` is told which judge is at work."""
         self._config = config
         self._shared = SharedNetworks()
-        self._asking = Asking(BackgroundLoop(), config.judging.deadline_s, ranges)
+        self._asking = Asking(
+            BackgroundLoop(),
+            config.judging.deadline_s,
+            ranges,
+            local_at_once=not config.draw_ahead,
+        )
         self._rewards = [self._make(judge, device) for judge in config.rewards]
         self._monitors = [self._make(judge, device) for judge in config.monitors]
         self._weights = torch.tensor([judge.weight for judge in config.rewards])

@@ -114,7 +114,14 @@ def run(**settings: Any) -> TrainConfig:
                 "objective": ObjectiveConfig(importance_sampling_cap=2.0, old_logprobs="draw"),
                 "inner_epochs": 2,
             },
-            "importance_sampling_cap: expected none with objective.old_logprobs draw and 2 updates",
+            "importance_sampling_cap: expected none with objective.old_logprobs draw and several",
+        ),
+        (
+            {
+                "objective": ObjectiveConfig(importance_sampling_cap=2.0, old_logprobs="draw"),
+                "draw_ahead": True,
+            },
+            "updates a rollout or draw_ahead, whose ratios compare with the draw already, got 2;",
         ),
         (
             {"rewards": [RewardConfig(name="clip", weight=0.0)]},

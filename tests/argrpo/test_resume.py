@@ -220,6 +220,65 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
     assert_same(left_by(tmp_path), whole)
 
 
+@pytest.fixture(scope="module")
+def whole_ahead(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> dict[str, object]:
+    """The same of a run that draws each step before the last one's scores."""
+    folder = tmp_path_factory.mktemp("whole_ahead")
+    Trainer(made_config(tiny_models, folder, draw_ahead=True)).train()
+    return left_by(folder)
+
+
+@pytest.mark.parametrize("phase", ["rollout", "reward", "optimizer step", "commit", "save"])
+def test_a_run_that_draws_ahead_goes_on_bit_for_bit(
+    tiny_models: Path, tmp_path: Path, whole_ahead: dict[str, object], phase: str
+) -> None:
+    owner, name, count = PHASES[phase]
+    config = made_config(tiny_models, tmp_path, draw_ahead=True)
+
+    def run() -> None:
+        at_call(owner, name, count, kill)
+        Trainer(config).train()
+
+    assert in_a_fork(run) == -signal.SIGKILL
+    Trainer(replace(config, resume="auto")).train()
+    assert_same(left_by(tmp_path), whole_ahead)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "count", "position"),
+    [
+        (PolicyUpdate, "passes", 5, Position(1, 0)),  # scored, not moved
+        (PolicyUpdate, "passes", 7, Position(1, 2)),
+        (Spread, "score", 3, Position(2)),
+        (RolloutEngine, "draw", 5, Position(1)),
+    ],
+)
+def test_a_signal_saves_what_was_drawn_ahead(
+    tiny_models: Path,
+    tmp_path: Path,
+    whole_ahead: dict[str, object],
+    owner: object,
+    name: str,
+    count: int,
+    position: Position,
+) -> None:
+    output = replace(OUTPUT, save_every=0)
+    config = made_config(tiny_models, tmp_path, draw_ahead=True, output=output)
+
+    def run() -> None:
+        at_call(owner, name, count, terminate)
+        with pytest.raises(Preempted):
+            Trainer(config).train()
+        os._exit(143)
+
+    assert in_a_fork(run) == 143
+    start = find_start(replace(config, resume="auto"), RunFolder(tmp_path))
+    assert start is not None and start.snapshot.position == position
+    assert "step.ahead.rollout.token_ids" in start.snapshot.tensors
+    Trainer(replace(config, resume="auto")).train()
+    assert_same(left_by(tmp_path), whole_ahead)
+
+
 @pytest.mark.parametrize("count", [2, 5, 8])
 def test_a_signal_inside_a_step_saves_and_goes_on_bit_for_bit(
     tiny_models: Path, tmp_path: Path, whole: dict[str, object], count: int

@@ -291,12 +291,15 @@ def test_ranks_that_were_given_different_things_refuse_to_start(
         assert message in answers[1].result
 
 
-@pytest.mark.parametrize(("shard", "save"), [("optimizer", "whole"), ("weights", "parts")])
+@pytest.mark.parametrize(
+    ("shard", "save", "ahead"), [("optimizer", "whole", True), ("weights", "parts", False)]
+)
 def test_a_run_that_a_signal_stopped_goes_on_bit_for_bit(
-    models: Path, tmp_path: Path, run_ranks: Callable, shard: str, save: str
+    models: Path, tmp_path: Path, run_ranks: Callable, shard: str, save: str, ahead: bool
 ) -> None:
     settings = {
         "num_steps": 6,
+        "draw_ahead": ahead,
         "weight_ema": 0.9,
         "distributed": DistributedConfig(shard=shard, save=save),
     }

@@ -123,12 +123,18 @@ def test_a_step_is_timed_with_a_slow_server_and_without(bench: Any, tmp_path: Pa
         "--slots", "8", "--latency_s", "0.5", "--samples", "1", "--threads", "1",
     ]  # fmt: skip
     assert bench.main([*words, "--output", str(output)]) == 0
-    without, with_server = _rows(output)
-    assert (without["contender"], with_server["contender"]) == ("without_server", "with_server")
+    without, with_server, ahead = _rows(output)
+    assert [row["contender"] for row in (without, with_server, ahead)] == [
+        "without_server",
+        "with_server",
+        "drawn_ahead",
+    ]
     assert with_server["p50_ms"] >= 500, "the last image's answer comes after the latency"
     assert with_server["over_without_server"] == pytest.approx(
         with_server["p50_ms"] / without["p50_ms"], rel=0.01
     )
+    # A whole step passes before it is waited for, if a short one.
+    assert ahead["p50_ms"] < with_server["p50_ms"]
     assert set(with_server["phases"]) == {
         f"time/{phase}" for phase in ("rollout", "decode", "reward", "logprob", "update")
     }
