@@ -61,7 +61,7 @@ class Learner:
         self._config = config
         policy.checkpoints_layers = config.gradient_checkpointing
         policy.attention = config.policy.attention
-        policy.end_sees_itself = _end_sees_itself(policy, config)
+        policy.end_sees_itself = not config.parity.first_token_mask
         has_kl = config.objective.beta > 0
         self._reference = Reference(policy, config.reference) if has_kl else None
         decay = config.weight_ema
@@ -291,13 +291,3 @@ class Learner:
     def _minibatches(self, num_images: int) -> tuple[Tensor, ...]:
         rows = torch.arange(num_images, device=self._policy.head_weight.device)
         return rows.split(num_images // self._config.minibatches)
-
-
-def _end_sees_itself(policy: ImagePolicy, config: TrainConfig) -> bool:
-    """Whether a padded last text position is scored as it was drawn."""
-    if config.parity.first_token_mask and policy.config.text_padding != "right":
-        raise ValueError(
-            "parity.first_token_mask: expected policy.text_padding right with it, got "
-            f"{policy.config.text_padding}"
-        )
-    return not config.parity.first_token_mask

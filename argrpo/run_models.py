@@ -10,7 +10,12 @@ from argrpo.devices import DTYPES
 from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.loading import load_policy, load_tokenizer
-from argrpo.models.pairing import check_guidance, check_label_dropout, check_pair
+from argrpo.models.pairing import (
+    check_first_token_mask,
+    check_guidance,
+    check_label_dropout,
+    check_pair,
+)
 from argrpo.models.text_layout import text_layout
 from argrpo.models.vq import VQTokenizer
 from argrpo.progress import Report
@@ -74,6 +79,7 @@ def load_models(
     check_pair(policy, tokenizer)
     check_guidance(policy, "rollout.guidance_scale", config.rollout.guidance_scale)
     check_label_dropout(policy, config.parity.label_dropout)
+    check_first_token_mask(policy, config.parity.first_token_mask)
     check_alike(config, policy)
     policy.check_conditions(prompts.probe())
     return RunModels(policy, tokenizer, prompts)

@@ -6,6 +6,7 @@
 Shapes: N images of a step, m images of a micro-batch, T tokens, D width, V codebook.
 """
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from argrpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
 from argrpo.models.scoring import ScoringPolicy, drawn_hidden
 from argrpo.objective_config import PolicyKind
 from argrpo.ranks import num_ranks
+
+_LOG = logging.getLogger(__name__)
 
 
 class TokensToScore(NamedTuple):
@@ -42,6 +45,19 @@ class HeadInputs(NamedTuple):
     token_ids: Tensor  # [m * T] int64
     temperature: float
     support: Tensor | None  # [m * T, ceil(V / 8)] uint8
+
+
+def warn_of_mismatch(params: SamplingParams, kind: PolicyKind) -> None:
+    """Say so where tokens are scored under another distribution than drew them."""
+    if kind == "conditional" and (params.is_guided or params.is_filtered):
+        _LOG.warning(
+            "tokens are drawn with guidance %g, top_k %d, top_p %g but scored by the conditional "
+            "model alone, as the published recipe does; the gap is logged as "
+            "sampling/sampling_logp_difference, and objective.policy guided has none",
+            params.guidance_scale,
+            params.top_k,
+            params.top_p,
+        )
 
 
 def tokens_to_score(rollout: Rollout, kind: PolicyKind) -> TokensToScore:

@@ -38,6 +38,7 @@ from argrpo.step_clock import StepClock
 from argrpo.step_profile import StepProfile
 from argrpo.step_split import split_images
 from argrpo.stop_signals import Preempted, StopSignals
+from argrpo.token_scores import warn_of_mismatch
 from argrpo.trackers import Tracker, append_extras, make_trackers
 from argrpo.training_step import StepOutcome, TrainingStep
 from argrpo.watchdog import Watchdog
@@ -184,7 +185,7 @@ class Trainer:
             Preempted: a signal came; a checkpoint was saved.
             StorageError: a checkpoint could not be written.
         """
-        self._warn_of_mismatch()
+        warn_of_mismatch(self.config.rollout, self.config.objective.policy)
         metrics: dict[str, float] = {}
         try:
             with self._signals, self._watchdog:
@@ -290,16 +291,3 @@ class Trainer:
         self._judges.close()
         for tracker in self._trackers:
             tracker.close()
-
-    def _warn_of_mismatch(self) -> None:
-        params = self.config.rollout
-        is_mixed = params.is_guided or params.is_filtered
-        if is_mixed and self.config.objective.policy == "conditional":
-            _LOG.warning(
-                "tokens are drawn with guidance %g, top_k %d, top_p %g but scored by the "
-                "conditional model alone, as the published recipe does; the gap is logged as "
-                "sampling/sampling_logp_difference, and objective.policy guided has none",
-                params.guidance_scale,
-                params.top_k,
-                params.top_p,
-            )

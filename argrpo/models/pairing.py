@@ -41,6 +41,19 @@ def check_label_dropout(policy: ImagePolicy, share: float) -> None:
         )
 
 
+def check_first_token_mask(policy: ImagePolicy, is_used: bool) -> None:
+    """Refuse the mask of padded texts for a policy whose texts are padded elsewhere, or not at all.
+
+    Raises:
+        ValueError: it is used with such a policy.
+    """
+    if is_used and policy.config.text_padding != "right":
+        raise ValueError(
+            "parity.first_token_mask: expected policy.text_padding right with it, got "
+            f"{policy.config.text_padding}"
+        )
+
+
 def check_guidance(policy: ImagePolicy, setting: str, *scales: float) -> None:
     """Refuse guidance of a policy that knows no null condition.
 

@@ -22,6 +22,7 @@ from argrpo.entropy_control import EntropyConfig
 from argrpo.learner import Learner
 from argrpo.learner_config import ParityConfig
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
+from argrpo.models.pairing import check_first_token_mask
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.schedules import LearningRateConfig
 from argrpo.token_scores import scored
@@ -147,7 +148,8 @@ def test_the_released_first_token_mask_moves_token_0_of_short_prompts_alone() ->
 def test_a_first_token_mask_needs_padding_on_the_right() -> None:
     policy = make_policy(model_type="t2i", caption_dim=8, prefix_len=3)
     with pytest.raises(ValueError, match=r"first_token_mask: expected policy.text_padding right"):
-        Learner(policy, make_config(parity=ParityConfig(first_token_mask=True)))
+        check_first_token_mask(policy, True)
+    check_first_token_mask(policy, False)
 
 
 def test_released_bf16_weights_lose_small_updates() -> None:
