@@ -6,27 +6,29 @@
     model: local-dir:FOLDER, or hf-hub:OWNER/NAME   open_clip's own folders
     model: FOLDER, or OWNER/NAME                    a CLIP of transformers
 
-A file or a folder needs no network. Tags and names of the hub are fetched by their library the
-first time, because they were asked for. OpenAI's weights want an architecture that ends in
--quickgelu, which a file cannot tell.
+A file or a folder needs no network, but for architectures whose tokenizer has a name of the hub.
+Tags and names of the hub are fetched by their library the first time, because they were asked for,
+and are read from its cache where the hub does not answer. OpenAI's weights want an architecture
+that ends in -quickgelu, which a file cannot tell.
 """
 
 import pickle
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
 
 from argrpo.devices import DTYPES
+from argrpo.rewards.hub_reach import HubOutOfReachError, hub_within_reach
 from argrpo.rewards.sharing import SharedNetworks
 from argrpo.rewards.tower_networks import OpenClipNetwork, TransformersNetwork
 from argrpo.rewards.towers import Tower, TowerNetwork
 
-_OPEN_CLIP_FOLDERS = ("local-dir:", "hf-hub:")
+_FOLDER, _HUB = "local-dir:", "hf-hub:"
 _HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
@@ -67,27 +69,42 @@ def _completed(options: TowerOptions) -> TowerOptions:
 
 def _network(options: TowerOptions) -> TowerNetwork:
     model, pretrained = options.model, options.pretrained
-    if model.startswith(_OPEN_CLIP_FOLDERS):
+    if model.startswith((_FOLDER, _HUB)):
         if pretrained is not None:
             raise ValueError(f"pretrained: expected none beside {model}, got {pretrained!r}")
-        with _said_of("model", model):
+        published = model.removeprefix(_HUB) if model.startswith(_HUB) else None
+        with _said_of("model", model, published, f"give {_FOLDER} and the path of its folder"):
             return OpenClipNetwork(model, None)
     if model in open_clip.list_models():
         _check_weights(model, pretrained)
-        source = str(pretrained)
-        if not Path(source).is_file():
-            source += f" (the tag; a file with weights of {model} needs no network)"
-        with _said_of("pretrained", source):
+        weights, tokenizer = _published(model, str(pretrained))
+        remedy = "give the path of its file of weights"
+        if tokenizer is not None:
+            remedy = f"give {_FOLDER} and the path of a folder with a tokenizer as {tokenizer}"
+        with _said_of("pretrained", str(pretrained), weights or tokenizer, remedy):
             return OpenClipNetwork(model, pretrained)
     if pretrained is None and (Path(model).is_dir() or _HUB_ID.fullmatch(model)):
         tokenizer = options.tokenizer or model
         _check_folder(model, tokenizer)
-        with _said_of("model", model):
+        named = [name for name in (model, tokenizer) if not Path(name).is_dir()]
+        option = "tokenizer" if named == [options.tokenizer] else "model"
+        published = named[0] if named else None
+        with _said_of(option, published or model, published, "give the path of its folder"):
             return TransformersNetwork(model, tokenizer)
     wanted = "an open_clip architecture"
     if pretrained is None:
         wanted += ", a folder with a CLIP of transformers, or its name on the hub"
     raise ValueError(f"model: expected {wanted}, got {model!r}")
+
+
+def _published(model: str, pretrained: str) -> tuple[str | None, str | None]:
+    """The repositories of an architecture's weights and tokenizer, None where it needs none."""
+    described: Mapping[str, Any] = open_clip.get_model_config(model)
+    tokenizer: str | None = described["text_cfg"].get("hf_tokenizer_name")
+    if Path(pretrained).is_file():
+        return None, tokenizer
+    source: str = open_clip.get_pretrained_cfg(model, pretrained)["hf_hub"]
+    return source.rpartition("/")[0], tokenizer
 
 
 def _check_weights(model: str, pretrained: str | None) -> None:
@@ -117,10 +134,23 @@ def _check_folder(model: str, tokenizer: str) -> None:
 
 
 @contextmanager
-def _said_of(option: str, source: str) -> Iterator[None]:
-    """A library's complaint about files, as one line under the name of an option."""
+def _said_of(option: str, source: str, published: str | None, remedy: str) -> Iterator[None]:
+    """A library's complaint about files, as one line under the name of an option.
+
+    Args:
+        option: that holds `source`.
+        source: as it was given.
+        published: the repository that is fetched where it is not cached; None: nothing is.
+        remedy: what to do where it cannot be fetched.
+    """
     try:
-        yield
+        with nullcontext() if published is None else hub_within_reach():
+            yield
+    except HubOutOfReachError as error:
+        raise ValueError(
+            f"{option}: expected {source} in the cache or fetched, got neither, because {error} "
+            f"does not answer; fetch {published} elsewhere, and {remedy}"
+        ) from error
     except pickle.UnpicklingError as error:
         # torch's own words advise to let the file run code.
         raise ValueError(

@@ -22,7 +22,10 @@ class OpenClipNetwork:
     """
 
     def __init__(self, model: str, pretrained: str | None) -> None:
-        self.module: nn.Module = open_clip.create_model(model, pretrained, weights_only=True)
+        # Without require_pretrained a folder that lacks weights gives random ones.
+        self.module: nn.Module = open_clip.create_model(
+            model, pretrained, require_pretrained=True, weights_only=True
+        )
         self._tokenizer = open_clip.get_tokenizer(model)
         wanted = open_clip.get_model_preprocess_cfg(self.module)
         size = wanted["size"]
