@@ -58,7 +58,7 @@ def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
             report("images", 0, num_images)
             parts = engine.draw_iter(
                 wanted.conditions,
-                config.sampling_params(),
+                config.sampling_params(config.guidance_scale),
                 seed=config.seed,
                 progress=partial(report, "tokens"),
             )

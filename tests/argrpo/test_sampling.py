@@ -70,7 +70,7 @@ def test_tokens_and_pictures_are_those_that_the_engine_draws(config: SampleConfi
     folder = draw_samples(config)
     policy, tokenizer = load_policy(config.policy), load_tokenizer(config.tokenizer)
     labels = torch.tensor([7, 7, 7, 2, 2, 2])
-    params = config.sampling_params()
+    params = config.sampling_params(config.guidance_scale)
     rollout = RolloutEngine(policy, max_slots=6).draw(labels, params, seed=5)
     assert np.array_equal(np.load(folder / "tokens.npy"), rollout.token_ids.numpy())
     pictures = to_uint8(tokenizer.decode(rollout.token_ids)).permute(0, 2, 3, 1).numpy()
@@ -182,7 +182,7 @@ def test_prompts_are_encoded_and_drawn(text: SampleConfig, tiny_t5: Path, tmp_pa
     )
     engine = RolloutEngine(load_policy(text.policy), max_slots=4)
     conditions = texts.conditions(torch.tensor([0, 0, 1, 1]))
-    rollout = engine.draw(conditions, text.sampling_params(), seed=5)
+    rollout = engine.draw(conditions, text.sampling_params(text.guidance_scale), seed=5)
     assert np.array_equal(np.load(folder / "tokens.npy"), rollout.token_ids.numpy())
 
 
