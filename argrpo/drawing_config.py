@@ -47,6 +47,9 @@ class DrawingConfig:
     decode_batch: int = 16
     """Images decoded at a time; bounds memory."""
 
+    cache_dir: str | None = None
+    """Where encoded texts and the embedded digits models are kept."""
+
     def __post_init__(self) -> None:
         at_least("decode_batch", self.decode_batch, 1)
 

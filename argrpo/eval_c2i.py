@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from argrpo.devices import choose_device, free_memory
+from argrpo.drawing_models import load_models
 from argrpo.eval_c2i_config import C2iConfig, resolved
 from argrpo.evaluation.class_measures import ClassMeasures, extractors_of
 from argrpo.evaluation.features import FeatureExtractor
-from argrpo.evaluation.image_models import load_models
 from argrpo.evaluation.image_set import ImageSet, NetworkLook
 from argrpo.evaluation.image_source import DrawPlan, ImageSource
 from argrpo.evaluation.sample_files import LABELS
@@ -129,7 +129,7 @@ def _drawn_by(
 ) -> list[_Job]:
     """A share of one policy's images at all scales. The policy is gone when this returns."""
     path = config.policies[name]
-    policy, tokenizer = load_models(config, path, device)
+    policy, tokenizer = load_models(config, path, device, setting=config.policies_setting)
     if policy.config.model_type != "c2i":
         raise ValueError(
             f"policy: expected class-conditional policies, got {path}, which reads texts; "

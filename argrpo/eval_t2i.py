@@ -18,11 +18,11 @@ from torch import Tensor
 
 from argrpo.data import Prompt, PromptSet
 from argrpo.devices import choose_device, free_memory
+from argrpo.drawing_models import load_models
 from argrpo.eval_t2i_config import T2iConfig
 from argrpo.eval_t2i_prompts import prompts_of
 from argrpo.evaluation.diversity import distance_within, has_pairs, thumbnails
 from argrpo.evaluation.features import load_extractor
-from argrpo.evaluation.image_models import load_models
 from argrpo.evaluation.image_set import ImageSet, Look, NetworkLook
 from argrpo.evaluation.image_source import DrawPlan, ImageSource
 from argrpo.evaluation.judge_panel import SCORES, JudgePanel, win_rate, win_rate_error
@@ -142,7 +142,9 @@ def _drawn_by(
     num_images = len(prompts) * config.num_images_per_prompt
     batch = min(config.batch, num_images)
     plan = DrawPlan(conditions, config.seed, batch, config.decode_batch, config.pixels)
-    policy, tokenizer = load_models(config, config.policies[name], device)
+    policy, tokenizer = load_models(
+        config, config.policies[name], device, setting=config.policies_setting
+    )
     check_guidance(policy, "guidance_scale", config.guidance_scale)
     source = ImageSource(policy, tokenizer, plan)
     params = config.sampling_params(config.guidance_scale)

@@ -42,9 +42,6 @@ class ImagesConfig(DrawingConfig):
     num_shards: int = 1
     """Processes that draw into the same output_dir."""
 
-    cache_dir: str | None = None
-    """Where the embedded digits models are kept."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.policy is None) == (not self.compare):
@@ -58,6 +55,11 @@ class ImagesConfig(DrawingConfig):
             raise ValueError(
                 f"shard: expected 0 to num_shards - 1 = {self.num_shards - 1}, got {self.shard}"
             )
+
+    @property
+    def policies_setting(self) -> str:
+        """The setting that `policies` are read from."""
+        return "compare" if self.compare else "policy"
 
     @property
     def policies(self) -> dict[str, str]:

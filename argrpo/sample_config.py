@@ -58,9 +58,6 @@ class SampleConfig(DrawingConfig):
     max_slots: int | None = None
     """Images drawn at a time; None: 64, or all if fewer."""
 
-    cache_dir: str | None = None
-    """Where encoded texts and the embedded digits models are kept."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         choices = ("labels", "names", "prompts", "prompts_file", "text_features")

@@ -12,14 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo.devices import DTYPES, choose_device
+from argrpo.devices import choose_device
+from argrpo.drawing_models import load_models
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.image_files import save_grid, save_image
-from argrpo.model_paths import blamed_on, resolve_path
-from argrpo.models.image_policy import ImagePolicy
-from argrpo.models.loading import load_policy, load_tokenizer
-from argrpo.models.pairing import check_guidance, check_pair
-from argrpo.models.vq import VQTokenizer
+from argrpo.models.pairing import check_guidance
 from argrpo.progress import Report, unreported
 from argrpo.run_folder import RunFolder, storage_error, write_atomically
 from argrpo.sample_config import SampleConfig
@@ -46,7 +43,10 @@ def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
     """
     # Before the models, so that an encoder of texts is gone when they come.
     wanted = wanted_images(config, report)
-    policy, tokenizer = _models(config)
+    policy, tokenizer = load_models(
+        config, config.policy, choose_device(config.device), setting="policy"
+    )
+    check_guidance(policy, "guidance_scale", config.guidance_scale)
     policy.check_conditions(wanted.conditions)
     num_images = len(wanted.names) * config.num_images_per_prompt
     engine = RolloutEngine(policy, max_slots=config.max_slots or min(_SLOTS, num_images))
@@ -70,26 +70,6 @@ def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
     finally:
         folder.discard_if_empty()
     return folder.path
-
-
-def _models(config: SampleConfig) -> tuple[ImagePolicy, VQTokenizer]:
-    device, dtype = choose_device(config.device), DTYPES[config.dtype]
-    with blamed_on("policy"):
-        policy = load_policy(
-            resolve_path(config.policy, config.cache_dir),
-            image_size=config.image_size,
-            num_heads=config.num_heads,
-            downsample=config.downsample,
-            text_padding=config.text_padding,
-            device=device,
-            dtype=dtype,
-        )
-    with blamed_on("tokenizer"):
-        tokenizer_path = resolve_path(config.tokenizer, config.cache_dir)
-        tokenizer = load_tokenizer(tokenizer_path, device=device, dtype=dtype)
-    check_pair(policy, tokenizer)
-    check_guidance(policy, "guidance_scale", config.guidance_scale)
-    return policy, tokenizer
 
 
 def _folder(config: SampleConfig) -> RunFolder:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from argrpo import eval_c2i
 from argrpo.digits.dataset import load_split
 from argrpo.digits.judges import DigitJudge, load_judge, save_judge
+from argrpo.drawing_models import load_models
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.eval_c2i import C2iResults, classes_of, evaluate_classes
@@ -25,7 +26,6 @@ from argrpo.eval_c2i_config import C2iConfig, resolved
 from argrpo.evaluation import image_set
 from argrpo.evaluation.diversity import distance_within
 from argrpo.evaluation.frechet import frechet_distance
-from argrpo.evaluation.image_models import load_models
 from argrpo.evaluation.image_set import DrawnBatch
 from argrpo.evaluation.image_source import ImageSource
 from argrpo.evaluation.inception_score import inception_score
@@ -268,9 +268,9 @@ def test_a_policy_is_gone_before_the_next_one_is_read(
 ) -> None:
     policies: list[weakref.ref[nn.Module]] = []
 
-    def watched(*args: object) -> tuple[nn.Module, VQTokenizer]:
+    def watched(*args: object, setting: str) -> tuple[nn.Module, VQTokenizer]:
         assert [policy for policy in policies if policy() is not None] == []
-        policy, tokenizer = load_models(*args)
+        policy, tokenizer = load_models(*args, setting=setting)
         policies.append(weakref.ref(policy))
         return policy, tokenizer
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from argrpo import eval_t2i
 from argrpo.data import Prompt
 from argrpo.data_config import DataConfig
+from argrpo.drawing_models import load_models
 from argrpo.engine.conditions import TextFeatures
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.eval_t2i import T2iResults, evaluate_texts
 from argrpo.eval_t2i_config import T2iConfig
 from argrpo.evaluation.diversity import distance_within, thumbnails
-from argrpo.evaluation.image_models import load_models
 from argrpo.evaluation.judge_panel import win_rate, win_rate_error
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
@@ -180,9 +180,9 @@ def test_a_policy_is_gone_before_the_next_one_is_read(
 ) -> None:
     policies: list[weakref.ref[nn.Module]] = []
 
-    def watched(*args: object) -> tuple[nn.Module, VQTokenizer]:
+    def watched(*args: object, setting: str) -> tuple[nn.Module, VQTokenizer]:
         assert [policy for policy in policies if policy() is not None] == []
-        policy, tokenizer = load_models(*args)
+        policy, tokenizer = load_models(*args, setting=setting)
         policies.append(weakref.ref(policy))
         return policy, tokenizer
 

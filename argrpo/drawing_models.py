@@ -1,9 +1,9 @@
-"""The policies and the tokenizer that an evaluation draws with."""
+"""The policy and the tokenizer of a command that draws and does not train."""
 
 import torch
 
 from argrpo.devices import DTYPES
-from argrpo.images_config import ImagesConfig
+from argrpo.drawing_config import DrawingConfig
 from argrpo.model_paths import blamed_on, resolve_path
 from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.loading import load_policy, load_tokenizer
@@ -12,19 +12,20 @@ from argrpo.models.vq import VQTokenizer
 
 
 def load_models(
-    config: ImagesConfig, path: str, device: torch.device
+    config: DrawingConfig, path: str, device: torch.device, *, setting: str
 ) -> tuple[ImagePolicy, VQTokenizer]:
     """A policy and the tokenizer, which fit each other.
 
     Args:
         config: sizes and dtypes.
-        path: one of `config.policies`.
+        path: the policy's.
         device: where they run.
+        setting: which one the path comes from, for messages.
 
     Raises:
         ValueError, FileNotFoundError: a model that cannot be read or does not fit.
     """
-    with blamed_on("compare" if config.compare else "policy"):
+    with blamed_on(setting):
         policy = load_policy(
             resolve_path(path, config.cache_dir),
             image_size=config.image_size,
