@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from argrpo.engine.attention import Attend
 from argrpo.engine.conditions import Conditions
@@ -25,6 +24,7 @@ from argrpo.kernels.swiglu import swiglu
 from argrpo.models.attention_backends import AttentionName
 from argrpo.models.conditioning import CaptionEmbedding, LabelEmbedding
 from argrpo.models.hub import HubPolicy
+from argrpo.models.residual_stack import run_stack
 from argrpo.models.rotary import grid_rotary_table
 from argrpo.models.scoring import drawn_logits, drawn_logprobs
 from argrpo.models.training_attention import whole_image_hidden
@@ -156,26 +156,15 @@ class LlamaGen(HubPolicy, nn.Module):
         return self.cls_embedding.null(conditions)
 
     def trunk(self, x: Tensor, attend: Attend) -> Tensor:
-        """[N, S, D] embeddings -> [N, S, D] final-norm hidden states.
-
-        With `checkpoints_layers` a pass that is differentiated keeps what goes into each layer and
-        makes the rest of it again in the backward pass.
-        """
-        # Each norm also makes the residual add before it: one launch for both.
+        """[N, S, D] embeddings -> [N, S, D] final-norm hidden states; as `run_stack`."""
         norms = [layer.get_submodule("attention_norm") for layer in self.layers]
-        first_norm, *next_norms = [*norms, self.norm]
-        normed = first_norm(x)
-        for layer, next_norm in zip(self.layers, next_norms, strict=True):
-            if self.checkpoints_layers and torch.is_grad_enabled():
-                # A layer draws no random number whose state would have to be kept.
-                x, normed = checkpoint(
-                    *(layer, x, normed, attend, next_norm),
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                x, normed = layer(x, normed, attend, next_norm)
-        return normed
+        return run_stack(
+            x,
+            self.layers,
+            [*norms, self.norm],
+            attend,
+            checkpoints_layers=self.checkpoints_layers,
+        )
 
     def hidden(self, conditions: Conditions, token_ids: Tensor) -> Tensor:
         """Final-norm hidden states of given images; row t predicts token t. Differentiable.

@@ -129,18 +129,15 @@ def load_tokenizer(
     """Read a VQ tokenizer.
 
     Args:
-        path: a `.pt` or `.safetensors` file, or a folder of LlamaGen's hub, AR-GRPO (which holds
-            the policy's tokenizer beside it) or argrpo.
-        device: where the weights go.
-        dtype: floating; what the weights become.
+        path: as for `load_policy`; of an AR-GRPO folder, what stands beside the policy.
+        device, dtype: as for `load_policy`.
 
     Returns:
         A tokenizer with its own copy of the weights: the file may change afterwards.
 
     Raises:
         FileNotFoundError: nothing stands at the path.
-        ValueError: the file is damaged or no tokenizer, or a key or shape is unexpected. The
-            message names it.
+        ValueError: the file is damaged or no tokenizer, or a key or shape is unexpected.
     """
     _check_dtype(dtype)
     checkpoint = _without(_part(read_checkpoint(path), "vq_model."), _TOKENIZER_EXTRAS)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from argrpo.engine.attention import Attend
 from argrpo.engine.conditions import Conditions, TextFeatures
@@ -27,6 +26,7 @@ from argrpo.kernels.layernorm import layernorm, layernorm_residual
 from argrpo.models.attention_backends import AttentionName
 from argrpo.models.conditioning import check_labels
 from argrpo.models.hub import HubPolicy
+from argrpo.models.residual_stack import run_stack
 from argrpo.models.scoring import drawn_logits, drawn_logprobs
 from argrpo.models.training_attention import whole_image_hidden
 
@@ -150,21 +150,15 @@ class Taming(HubPolicy, nn.Module):
         )
 
     def trunk(self, x: Tensor, attend: Attend) -> Tensor:
-        """[N, S, D] embeddings -> [N, S, D] final-norm hidden states; as `LlamaGen.trunk`."""
+        """[N, S, D] embeddings -> [N, S, D] final-norm hidden states; as `run_stack`."""
         norms = [block.get_submodule("ln1") for block in self.blocks]
-        first_norm, *next_norms = [*norms, self.ln_f]
-        normed = first_norm(x)
-        for block, next_norm in zip(self.blocks, next_norms, strict=True):
-            if self.checkpoints_layers and torch.is_grad_enabled():
-                # A block draws no random number whose state would have to be kept.
-                x, normed = checkpoint(
-                    *(block, x, normed, attend, next_norm),
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                x, normed = block(x, normed, attend, next_norm)
-        return normed
+        return run_stack(
+            x,
+            self.blocks,
+            [*norms, self.ln_f],
+            attend,
+            checkpoints_layers=self.checkpoints_layers,
+        )
 
     def hidden(self, conditions: Conditions, token_ids: Tensor) -> Tensor:
         """[N, T', D] final-norm hidden states of given images; as `LlamaGen.hidden`."""
