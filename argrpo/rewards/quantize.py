@@ -7,7 +7,8 @@
     bins                 [low, high] (0 and 1) stretched to [lowest, highest] (0 and 5), rounded,
                          halves up, to a multiple of (highest - lowest) / bins
 
-NaN stays NaN. Thresholds are compared in the precision of the scores.
+NaN stays NaN, and where a judge does not apply, it still does not. Thresholds are compared in the
+precision of the scores.
 
 The judge is not asked twice: what it shares with one of the same options, a tower or a network,
 remembers the batch.
@@ -18,82 +19,171 @@ reward_quantize).
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
+from argrpo.rewards.lanes import Judge
 from argrpo.rewards.protocols import (
     Answer,
+    Answering,
     Closing,
+    ContextReward,
+    DistributionReward,
     Due,
+    Measuring,
     Punctual,
     RemoteReward,
     Resting,
+    Restorable,
     Reward,
+    StepContext,
 )
 
 STEP_OPTIONS = ("thresholds", "values", "bins", "low", "high", "lowest", "highest")
 """Of the map; all others are the judge's."""
 
+_Kind = TypeVar("_Kind")
+
 Steps = Callable[[Tensor], Tensor]
 """[N] fp32 scores -> [N] fp32 values."""
 
 
-class QuantizedReward:
-    """Another judge's scores through a map.
+def quantized(judge: Judge, steps: Steps, name: str) -> Judge:
+    """A judge through a map: of the same kind, with all that it can do beside scoring.
 
     Args:
-        judge: of single images.
+        judge: of any kind.
         steps: the map.
         name: under which its scores are logged.
     """
+    if isinstance(judge, DistributionReward):
+        return QuantizedDistributionReward(judge, steps, name)
+    if isinstance(judge, RemoteReward):
+        if isinstance(judge, ContextReward):
+            return QuantizedRemoteContextReward(judge, steps, name)
+        return QuantizedRemoteReward(judge, steps, name)
+    if isinstance(judge, ContextReward):
+        return QuantizedContextReward(judge, steps, name)
+    if isinstance(judge, Answering):
+        return QuantizedAnsweringReward(judge, steps, name)
+    return QuantizedReward(judge, steps, name)
 
-    def __init__(self, judge: Reward, steps: Steps, name: str) -> None:
+
+class _Quantized(Generic[_Kind]):
+    """What all kinds have in common."""
+
+    def __init__(self, judge: _Kind, steps: Steps, name: str) -> None:
         self.name = name
         self.reward_batch: int = getattr(judge, "reward_batch", sys.maxsize)
         self._judge = judge
         self._steps = steps
-
-    def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
-        """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN = not scored."""
-        return self._steps(self._judge(images, prompts))
 
     def rest(self) -> None:
         """Off the device until it is asked again, where the judge is to be offloaded."""
         if isinstance(self._judge, Resting):
             self._judge.rest()
 
+    def metrics(self) -> dict[str, float]:
+        """What the judge measured."""
+        return self._judge.metrics() if isinstance(self._judge, Measuring) else {}
 
-class QuantizedRemoteReward:
-    """A judge behind a server, through a map; arguments as of `QuantizedReward`."""
+    def _of(self, judge: Any) -> Self:
+        """The same map of another state of the judge."""
+        bound = copy(self)
+        bound._judge = judge
+        return bound
 
-    def __init__(self, judge: RemoteReward, steps: Steps, name: str) -> None:
-        self.name = name
-        self.reward_batch: int = getattr(judge, "reward_batch", sys.maxsize)
-        self._judge = judge
-        self._steps = steps
+
+class QuantizedReward(_Quantized[Reward]):
+    """A judge of single images."""
+
+    def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN = not scored."""
+        return self._steps(self._judge(images, prompts))
+
+
+class QuantizedAnsweringReward(QuantizedReward):
+    """A judge that tells what it failed to score from what it does not apply to."""
+
+    def answer(self, images: Tensor, prompts: list[Prompt]) -> Answer:
+        """As the judge, with its scores mapped; one that the map has no value for is a failure."""
+        if not isinstance(self._judge, Answering):
+            return Answer.of(self(images, prompts))
+        return _mapped(self._judge.answer(images, prompts), self._steps)
+
+
+class QuantizedContextReward(QuantizedAnsweringReward):
+    """A judge that wants to know more of a step, as one that is called as TRL calls it."""
+
+    def seeing(self, context: StepContext) -> Self:
+        """This judge, for a call about the images of that step."""
+        assert isinstance(self._judge, ContextReward)
+        return self._of(self._judge.seeing(context))
+
+
+class QuantizedRemoteReward(_Quantized[RemoteReward]):
+    """A judge behind a server."""
 
     async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
         """As the judge, with its scores mapped; one that the map has no value for is a failure."""
-        answer = await self._judge.ask(images, prompts)
-        scores = self._steps(answer.scores)
-        lost = int((scores.isnan() & ~answer.scores.isnan()).sum())
-        return replace(answer, scores=scores, num_failures=answer.num_failures + lost)
+        return _mapped(await self._judge.ask(images, prompts), self._steps)
 
-    def before(self, due: Due) -> "QuantizedRemoteReward":
+    def before(self, due: Due) -> Self:
         """This judge, for answers that are wanted by then, where the judge can be."""
-        if not isinstance(self._judge, Punctual):
-            return self
-        return QuantizedRemoteReward(self._judge.before(due), self._steps, self.name)
+        return self._of(self._judge.before(due)) if isinstance(self._judge, Punctual) else self
 
     async def close(self) -> None:
         """Let go of open connections."""
         if isinstance(self._judge, Closing):
             await self._judge.close()
+
+
+class QuantizedRemoteContextReward(QuantizedRemoteReward):
+    """A coroutine function that is called as TRL calls it."""
+
+    def seeing(self, context: StepContext) -> Self:
+        """This judge, for a call about the images of that step."""
+        assert isinstance(self._judge, ContextReward)
+        return self._of(self._judge.seeing(context))
+
+
+class QuantizedDistributionReward(_Quantized[DistributionReward]):
+    """A judge of all images of a step; its state is saved as its own."""
+
+    def score(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        """All images of a step, over all ranks, once a step -> [N] fp32, NaN = not scored."""
+        return self._steps(self._judge.score(images, prompts))
+
+    def update(self) -> None:
+        """Move the judge's state."""
+        self._judge.update()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The judge's state."""
+        return self._judge.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: the judge cannot.
+        """
+        if not isinstance(self._judge, Restorable):
+            raise ValueError(f"rewards.{self.name}: expected a method load_state_dict, got none")
+        self._judge.load_state_dict(state)
+
+
+def _mapped(answer: Answer, steps: Steps) -> Answer:
+    scores = steps(answer.scores)
+    lost = int((scores.isnan() & ~answer.scores.isnan()).sum())
+    problem = f"no step for {lost} of {len(scores)} scores" if lost else answer.problem
+    return replace(answer, scores=scores, num_failures=answer.num_failures + lost, problem=problem)
 
 
 def make_steps(options: Mapping[str, Any]) -> Steps:

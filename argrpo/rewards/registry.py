@@ -17,7 +17,6 @@ from argrpo.model_paths import named_within, resolve_path
 from argrpo.reward_config import RewardConfig
 from argrpo.rewards.callables import function_reward
 from argrpo.rewards.lanes import Judge
-from argrpo.rewards.protocols import ContextReward, DistributionReward, RemoteReward
 from argrpo.rewards.sharing import SharedNetworks
 
 REWARDS = {
@@ -99,12 +98,7 @@ def _make_quantized(
     cache_dir: str | None,
     shared: SharedNetworks,
 ) -> Judge:
-    from argrpo.rewards.quantize import (
-        STEP_OPTIONS,
-        QuantizedRemoteReward,
-        QuantizedReward,
-        make_steps,
-    )
+    from argrpo.rewards.quantize import STEP_OPTIONS, make_steps, quantized
 
     options = dict(config.options)
     name = options.pop("name", None)
@@ -112,19 +106,7 @@ def _make_quantized(
     with named_within(f"rewards.{config.name}.options"):
         steps = make_steps(mapping)
     judge = make_reward(RewardConfig(name=inner, options=options), device, cache_dir, shared)
-    if isinstance(judge, DistributionReward):
-        raise ValueError(
-            f"rewards.name: expected a judge of single images to quantize, got {inner}"
-        )
-    if isinstance(judge, ContextReward):
-        raise ValueError(
-            f"rewards.name: expected a judge or a function of images and prompts to quantize, got "
-            f"{inner}, which is called as TRL calls it; let it return the steps itself"
-        )
-    name = name or f"{judge.name}_quantized"
-    if isinstance(judge, RemoteReward):
-        return QuantizedRemoteReward(judge, steps, name)
-    return QuantizedReward(judge, steps, name)
+    return quantized(judge, steps, name or f"{judge.name}_quantized")
 
 
 def _load(name: str) -> Callable[..., Any]:

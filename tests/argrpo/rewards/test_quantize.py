@@ -1,7 +1,9 @@
 """Step maps and AR-GRPO's eight rewards against golden numbers of its code."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,13 @@ from torch import Tensor
 
 from argrpo.advantages import combine_rewards
 from argrpo.data import Prompt
-from argrpo.rewards.quantize import EqualSteps, QuantizedReward, StepMap
+from argrpo.reward_config import RewardConfig
+from argrpo.rewards.background_loop import BackgroundLoop
+from argrpo.rewards.lanes import Judge, Outcome
+from argrpo.rewards.pool import Asking, Scoring
+from argrpo.rewards.protocols import Answer, Batched, ContextReward, StepContext
+from argrpo.rewards.quantize import EqualSteps, QuantizedReward, StepMap, quantized
+from argrpo.rewards.registry import make_reward
 
 GOLDEN = Path(__file__).parents[2] / "golden/reward_maps"
 CASE = json.loads((GOLDEN / "case.json").read_text())
@@ -96,3 +104,148 @@ def test_nan_stays_nan() -> None:
 def test_a_map_that_is_none_is_refused(thresholds, values, message) -> None:
     with pytest.raises(ValueError, match=message):
         StepMap(thresholds, values)
+
+
+_STEPS = {"thresholds": [0.5], "values": [0.0, 1.0]}
+_PROMPTS = [Prompt(f"prompt {i}") for i in range(4)]
+
+
+def _stepped(name: str) -> Judge:
+    config = RewardConfig(name=f"quantize({__name__}:{name})", options=_STEPS)
+    return make_reward(config, torch.device("cpu"), None)
+
+
+def _outcome(judge: Judge, sizes: tuple[int, ...] = (4,)) -> Outcome:
+    """As a step asks."""
+    loop = BackgroundLoop()
+    context = StepContext(step=3, num_steps=9)
+    try:
+        scoring = Scoring([judge], _PROMPTS, Asking(loop, 30.0), context)
+        for count in sizes:
+            scoring.add(torch.zeros(count, 3, 4, 4), torch.full((count, 2), 7))
+        return scoring.finish()[0]
+    finally:
+        loop.close()
+
+
+def _say(prompts: list[str], completion_ids: Any, state: Any, log: Any, table: Any) -> list[Any]:
+    log("steps", state.global_step)
+    table("ids", completion_ids)
+    return [0.75, 0.25, None, float("nan")][: len(prompts)]
+
+
+def trl(prompts, completion_ids, trainer_state, log_metric, log_extra, **kwargs):
+    return _say(prompts, completion_ids, trainer_state, log_metric, log_extra)
+
+
+async def async_trl(prompts, completion_ids, trainer_state, log_metric, log_extra, **kwargs):
+    return _say(prompts, completion_ids, trainer_state, log_metric, log_extra)
+
+
+@pytest.mark.parametrize("name", ["trl", "async_trl"])
+def test_a_function_of_trl_keeps_its_none_its_context_and_what_it_logs(name: str) -> None:
+    judge = _stepped(name)
+    for _ in range(2):  # another step is not mixed with the first
+        outcome = _outcome(judge, (3, 1))
+        answer = outcome.answer
+        assert answer.scores[:2].tolist() == [1.0, 0.0] and answer.scores[2:].isnan().all()
+        # The last one failed; the one before has None.
+        assert answer.num_failures == 1 and answer.problem == "NaN for 1 of 4 images"
+        assert outcome.name == f"{__name__}:{name}_quantized"
+        assert outcome.metrics()["steps"] == 3.0
+        assert answer.logged.extras == {"ids": [[7, 7]] * 4}
+
+
+class _Plain:
+    name = "plain"
+    rested = 0
+
+    def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        return torch.tensor([0.75, 0.25, 0.75, 0.25][: len(prompts)])
+
+    def rest(self) -> None:
+        self.rested += 1
+
+    def metrics(self) -> dict[str, float]:
+        return {"length": 12.0}
+
+
+class _Answering(_Plain):
+    reward_batch = 3
+
+    def answer(self, images: Tensor, prompts: list[Prompt]) -> Answer:
+        scores = self(images, prompts)
+        scores[0] = torch.nan  # does not apply
+        return Answer(scores)
+
+
+def test_a_judge_that_tells_what_does_not_apply_is_asked_for_it() -> None:
+    judge = quantized(_Answering(), StepMap(**_STEPS), "q")
+    answer = _outcome(judge).answer
+    assert answer.scores.isnan().tolist() == [True, False, False, True]
+    assert answer.num_failures == 0
+    # A score that the map has no value for is one, and told from the others.
+    answer = _outcome(quantized(_Answering(), StepMap([0.0, 0.5], [0.0, 1.0]), "q")).answer
+    assert answer.scores.isnan().tolist() == [True, False, True, True]
+    assert (answer.num_failures, answer.problem) == (1, "no step for 1 of 3 scores")
+
+
+def test_a_judge_rests_and_measures_through_its_map() -> None:
+    inner = _Plain()
+    judge = quantized(inner, StepMap(**_STEPS), "q")
+    assert _outcome(judge).answer.scores.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert inner.rested == 1
+    assert judge.metrics() == {"length": 12.0}
+    assert quantized(_Raw("raw", torch.ones(1)), StepMap(**_STEPS), "q").metrics() == {}
+
+
+def test_a_judge_that_wants_no_context_is_not_given_any() -> None:
+    # On a GPU token ids would be waited for.
+    for judge in (_Plain(), _Answering()):
+        assert not isinstance(quantized(judge, StepMap(**_STEPS), "q"), ContextReward)
+
+
+def test_a_judge_sees_the_stretches_that_it_would_see_alone() -> None:
+    judge = quantized(_Answering(), StepMap(**_STEPS), "q")
+    assert isinstance(judge, Batched) and _outcome(judge, (1, 3)).batch == 3
+    assert _outcome(quantized(_Plain(), StepMap(**_STEPS), "q"), (1, 3)).batch == 4
+
+
+class _Running:
+    """A distribution reward: the mean of all images so far."""
+
+    name = "running"
+
+    def __init__(self) -> None:
+        self._seen, self._next = torch.zeros(1), torch.zeros(1)
+
+    def score(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        self._next = self._seen + 1
+        return torch.linspace(0, 1, len(images)) + self._seen
+
+    def update(self) -> None:
+        self._seen = self._next
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"seen": self._seen}
+
+
+class _Restorable(_Running):
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._seen = state["seen"]
+
+
+@pytest.mark.parametrize("kind", [_Running, _Restorable])
+def test_a_distribution_reward_keeps_its_state_through_its_map(kind: Callable[[], Any]) -> None:
+    judge = quantized(kind(), StepMap(**_STEPS), "q")
+    assert _outcome(judge).answer.scores.tolist() == [0.0, 0.0, 1.0, 1.0]
+    judge.update()
+    assert judge.state_dict() == {"seen": torch.ones(1)}
+    assert _outcome(judge).answer.scores.tolist() == [1.0] * 4
+    again = quantized(kind(), StepMap(**_STEPS), "q")
+    if kind is _Restorable:
+        again.load_state_dict(judge.state_dict())
+        assert _outcome(again).answer.scores.tolist() == [1.0] * 4
+    else:
+        with pytest.raises(ValueError, match=r"rewards\.q: expected a method load_state_dict"):
+            again.load_state_dict(judge.state_dict())

@@ -98,13 +98,3 @@ def test_a_quantized_judge_is_named_as_told_and_its_options_are_checked() -> Non
         _make(inner, **_STEPS)
     with pytest.raises(ValueError, match=r"rewards\.name: expected one of"):
         _make("quantize(clipp)", **_STEPS)
-
-
-def trl_function(completions, **kwargs) -> list[float | None]:
-    return [None for _ in completions]
-
-
-def test_a_function_of_trl_is_not_quantized_but_told_what_to_do_instead() -> None:
-    # Its None would count as a failure, and what it is told of a step would not reach it.
-    with pytest.raises(ValueError, match=r"called as TRL calls it; let it return the steps itself"):
-        _make(f"quantize({__name__}:trl_function)", **_STEPS)
