@@ -3,14 +3,15 @@
 Shapes: N images or texts, C features.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
 from torch import Tensor, nn
 
-from argrpo.rewards.tower_pixels import OPENAI_MEAN, OPENAI_STD, TowerPixels
+from argrpo.rewards.clip_processor import processor_pixels
+from argrpo.rewards.tower_pixels import INTERPOLATIONS, TowerPixels
 
 
 class OpenClipNetwork:
@@ -19,6 +20,9 @@ class OpenClipNetwork:
     Args:
         model: an architecture, or a folder with local-dir: or hf-hub: in front.
         pretrained: a file or a tag; None for a folder.
+
+    Raises:
+        ValueError: its pictures want what is not done here.
     """
 
     def __init__(self, model: str, pretrained: str | None) -> None:
@@ -27,15 +31,7 @@ class OpenClipNetwork:
             model, pretrained, require_pretrained=True, weights_only=True
         )
         self._tokenizer = open_clip.get_tokenizer(model)
-        wanted = open_clip.get_model_preprocess_cfg(self.module)
-        size = wanted["size"]
-        self.pixels = TowerPixels(
-            size if isinstance(size, int) else min(size),
-            tuple(wanted["mean"]),
-            tuple(wanted["std"]),
-            wanted["interpolation"],
-            squash=wanted["resize_mode"] == "squash",
-        )
+        self.pixels = _pixels(open_clip.get_model_preprocess_cfg(self.module))
         self.logit_scale = float(self.module.logit_scale.detach().exp())
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -58,7 +54,7 @@ class TransformersNetwork:
         tokenizer: a folder with the tokenizer's files, or a name on the hub.
 
     Raises:
-        ValueError: the weights are not all there.
+        ValueError: the weights are not all there, or its pictures want what is not done here.
     """
 
     def __init__(self, model: str, tokenizer: str) -> None:
@@ -78,7 +74,7 @@ class TransformersNetwork:
         )
         config: Any = self.module.config
         self._max_tokens = config.text_config.max_position_embeddings
-        self.pixels = _pixels(Path(model), config.vision_config.image_size)
+        self.pixels = processor_pixels(model, config.vision_config.image_size)
         self.logit_scale = float(self.module.logit_scale.detach().exp())  # type: ignore[operator]
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -108,12 +104,22 @@ def pooled(features: Any) -> Tensor:
     return found
 
 
-def _pixels(folder: Path, size: int) -> TowerPixels:
-    """Mean and deviation from the processor's file where there is one, else OpenAI's."""
-    file = folder / "preprocessor_config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    mean, std = said.get("image_mean", OPENAI_MEAN), said.get("image_std", OPENAI_STD)
-    return TowerPixels(size, tuple(mean), tuple(std))
+def _pixels(wanted: Mapping[str, Any]) -> TowerPixels:
+    """What open_clip's description of pictures asks for.
+
+    Raises:
+        ValueError: it is not done here.
+    """
+    size, mode, interpolation = (wanted[key] for key in ("size", "resize_mode", "interpolation"))
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) > 1 or mode not in ("shortest", "squash") or interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"expected pictures of equal sides, resized by the shortest or squashed, "
+            f"{' or '.join(INTERPOLATIONS)}, got {size}, {mode}, {interpolation}"
+        )
+    squash = mode == "squash"
+    mean, std = tuple(wanted["mean"]), tuple(wanted["std"])
+    return TowerPixels(sides.pop(), mean, std, interpolation, squash=squash)
 
 
 def _device_of(module: nn.Module) -> Any:

@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import functional as VF
 
 from argrpo.pixels import to_uint8
 
@@ -44,12 +43,14 @@ class TowerPixels(NamedTuple):
     resized_as: ResizedAs = "picture"
     antialias: bool = True  # of a tensor; a picture always is
     squash: bool = False  # both sides to `size`, instead of the shorter one and a crop
+    shorter: int | None = None  # the shorter side before the crop, at least `size`; None: `size`
+    crop_from: Literal["rounded", "floor"] = "rounded"  # half of an odd number beside the crop
 
 
 def preprocess(images: Tensor, pixels: TowerPixels) -> Tensor:
     """[N, 3, H, W] in [0, 1] -> [N, 3, size, size] fp32, resized, cropped and normalised."""
-    count, size = len(images), pixels.size
-    seen = images.new_empty(count, 3, size, size, dtype=torch.float32)
+    count = len(images)
+    seen = images.new_empty(count, 3, pixels.size, pixels.size, dtype=torch.float32)
     batch = _CPU_IMAGES if images.device.type == "cpu" else max(count, 1)
     mean, std = (
         torch.tensor(numbers, device=images.device)[:, None, None]
@@ -57,12 +58,12 @@ def preprocess(images: Tensor, pixels: TowerPixels) -> Tensor:
     )
     for part, out in zip(images.split(batch), seen.split(batch), strict=True):
         if pixels.resized_as == "picture":
-            out.copy_(_cropped(_resized_levels(to_uint8(part, "round"), pixels), size))
+            out.copy_(_cropped(_resized_levels(to_uint8(part, "round"), pixels), pixels))
             out.mul_(1.0 / (255.0 * std)).sub_(mean / std)
         else:
             shape = _resized_shape(part, pixels)
             resized = _resized(part.float(), shape, pixels, antialias=pixels.antialias)
-            out.copy_(_cropped(resized, size)).sub_(mean).div_(std)
+            out.copy_(_cropped(resized, pixels)).sub_(mean).div_(std)
     return seen
 
 
@@ -70,9 +71,9 @@ def _resized_shape(images: Tensor, pixels: TowerPixels) -> tuple[int, int]:
     height, width = images.shape[-2:]
     if pixels.squash:
         return pixels.size, pixels.size
-    shorter = min(height, width)
+    shorter, wanted = min(height, width), pixels.shorter or pixels.size
     # Cut off, as the libraries do.
-    return pixels.size * height // shorter, pixels.size * width // shorter
+    return wanted * height // shorter, wanted * width // shorter
 
 
 def _resized_levels(levels: Tensor, pixels: TowerPixels) -> Tensor:
@@ -105,5 +106,9 @@ def _resized(
     return F.interpolate(images, shape, mode=pixels.interpolation, antialias=antialias)
 
 
-def _cropped(images: Tensor, size: int) -> Tensor:
-    return VF.center_crop(images, [size, size])
+def _cropped(images: Tensor, pixels: TowerPixels) -> Tensor:
+    beside = [side - pixels.size for side in images.shape[-2:]]
+    # torchvision rounds halves to even, transformers down.
+    starts = [round(x / 2) if pixels.crop_from == "rounded" else x // 2 for x in beside]
+    top, left = starts
+    return images[..., top : top + pixels.size, left : left + pixels.size]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import CLIPImageProcessor
 
 from argrpo.data import Prompt
 from argrpo.rewards import hub_reach
@@ -92,6 +93,8 @@ def test_what_is_cached_is_read_without_the_hub(session: _Session, clip_folder) 
     folder, _ = clip_folder
     cached = Path(constants.HF_HUB_CACHE) / "models--owner--clip"
     shutil.copytree(folder, cached / "snapshots" / _COMMIT)
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessor(size=side, crop_size=side).save_pretrained(cached / "snapshots" / _COMMIT)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(_COMMIT)
     images, prompts = torch.rand(2, 3, 32, 32), [Prompt("a cat"), Prompt("a dog")]

@@ -44,6 +44,10 @@ def test_a_folder_of_open_clip_is_loaded_without_a_network(tower_files, tmp_path
     judge = ClipReward(f"local-dir:{tmp_path}", device=_CPU)
     assert judge._pixels.mean == (0.5, 0.5, 0.5)
     assert judge(torch.rand(1, 3, 32, 32), _prompts("a cat")).isfinite().all()
+    described["preprocess_cfg"] = {"resize_mode": "longest"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"options\.model: .* by the shortest .* got .*longest"):
+        ClipReward(f"local-dir:{tmp_path}", device=_CPU)
     # Without them the library would give random ones.
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"options\.model: .*weights .*could not be loaded"):
