@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
         "pip install 'argrpo[judges]'"
     ) from error
 
-from argrpo.rewards.protocols import Due
+from argrpo.rewards.delivery import Due
 
 _PASSING = (408, 429)
 _MAX_BACKOFF_S = 30.0

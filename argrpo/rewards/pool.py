@@ -21,12 +21,12 @@ from torch import Tensor
 from argrpo.data import Prompt
 from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.rewards.background_loop import CLOSING_S, BackgroundLoop
+from argrpo.rewards.delivery import Delivery, PngTexts
 from argrpo.rewards.lanes import Judge, LocalLane, Outcome, RemoteLane
 from argrpo.rewards.protocols import (
     Closing,
     ContextReward,
-    Due,
-    Punctual,
+    Delivering,
     RemoteReward,
     StepContext,
 )
@@ -74,7 +74,9 @@ class Scoring:
         self._token_ids: list[Tensor] = []
         self._num_images = 0
         self._deadline = _Deadline(asking.deadline_s)
-        self._lanes = [_lane(judge, len(prompts), asking, self._deadline) for judge in judges]
+        num_senders = sum(isinstance(judge, Delivering) for judge in judges)
+        delivery = Delivery(self._deadline, PngTexts(num_senders))
+        self._lanes = [_lane(judge, len(prompts), asking, delivery) for judge in judges]
 
     @property
     def num_images(self) -> int:
@@ -169,8 +171,10 @@ class _Deadline:
         return self._started + self._seconds
 
 
-def _lane(judge: Judge, num_images: int, asking: Asking, due: Due) -> LocalLane | RemoteLane:
+def _lane(
+    judge: Judge, num_images: int, asking: Asking, delivery: Delivery
+) -> LocalLane | RemoteLane:
     if isinstance(judge, RemoteReward):
-        wanted = judge.before(due) if isinstance(judge, Punctual) else judge
-        return RemoteLane(wanted, num_images, asking.loop)
+        told = judge.within(delivery) if isinstance(judge, Delivering) else judge
+        return RemoteLane(told, num_images, asking.loop)
     return LocalLane(judge, num_images, asking.ranges)

@@ -7,7 +7,7 @@ A judge is a `Reward`, a `RemoteReward` or a `DistributionReward`. What else it 
 the members of the smaller protocols, which are optional.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
+from argrpo.rewards.delivery import Delivery
 
 
 class Reward(Protocol):
@@ -121,16 +122,13 @@ class RemoteReward(Protocol):
         ...
 
 
-Due = Callable[[], float]
-"""When an answer is too late, a time.perf_counter(); moves on while images are still to come."""
-
-
 @runtime_checkable
-class Punctual(Protocol):
-    """A `RemoteReward` that does not wait for what would come too late."""
+class Delivering(Protocol):
+    """A `RemoteReward` that does not wait for what would come too late, and sends the pictures that
+    others send, too."""
 
-    def before(self, due: Due) -> RemoteReward:
-        """This judge, for questions that are to be answered by then."""
+    def within(self, delivery: Delivery) -> RemoteReward:
+        """This judge, for the questions of a step."""
         ...
 
 

@@ -28,16 +28,16 @@ import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
+from argrpo.rewards.delivery import Delivery
 from argrpo.rewards.lanes import Judge
 from argrpo.rewards.protocols import (
     Answer,
     Answering,
     Closing,
     ContextReward,
+    Delivering,
     DistributionReward,
-    Due,
     Measuring,
-    Punctual,
     RemoteReward,
     Resting,
     Restorable,
@@ -134,9 +134,11 @@ class QuantizedRemoteReward(_Quantized[RemoteReward]):
         """As the judge, with its scores mapped; one that the map has no value for is a failure."""
         return _mapped(await self._judge.ask(images, prompts), self._steps)
 
-    def before(self, due: Due) -> Self:
-        """This judge, for answers that are wanted by then, where the judge can be."""
-        return self._of(self._judge.before(due)) if isinstance(self._judge, Punctual) else self
+    def within(self, delivery: Delivery) -> Self:
+        """This judge, for the questions of a step, where the judge can be told of it."""
+        if not isinstance(self._judge, Delivering):
+            return self
+        return self._of(self._judge.within(delivery))
 
     async def close(self) -> None:
         """Let go of open connections."""

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from argrpo.data import Prompt
-from argrpo.rewards.image_transfer import pil_images, png_base64
+from argrpo.rewards.delivery import Delivery
+from argrpo.rewards.image_transfer import pil_images
 from argrpo.rewards.json_client import Connection, JsonClient, RequestError
-from argrpo.rewards.protocols import Answer, Due
+from argrpo.rewards.protocols import Answer
 
 
 class ServerReward:
@@ -73,13 +74,13 @@ class ServerReward:
         self._metadata = None if metadata is None else _read_metadata(metadata, place)
         wanted = Connection.of(connection, f"{place}.connection")
         self._client = JsonClient(url, wanted, place=place)
-        self._due: Due = lambda: math.inf
+        self._delivery = Delivery()
 
-    def before(self, due: Due) -> Self:
-        """This judge, on the same connections, for answers that are wanted by then."""
-        hurried = copy(self)
-        hurried._due = due
-        return hurried
+    def within(self, delivery: Delivery) -> Self:
+        """This judge, on the same connections, for the questions of a step."""
+        bound = copy(self)
+        bound._delivery = delivery
+        return bound
 
     async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
         """One request."""
@@ -91,10 +92,10 @@ class ServerReward:
                 return Answer.none(len(prompts), f"no metadata for the prompt {text!r}")
             body["metadata"] = found
         # In a thread: squeezing pictures would hold up the other requests of the loop.
-        body["images"] = await asyncio.to_thread(_encoded, images)
+        body["images"] = await asyncio.to_thread(self._texts, images)
         num_retries = 0
         try:
-            reply = await self._client.post(body, self._due)
+            reply = await self._client.post(body, self._delivery.due)
             num_retries = reply.num_retries
             scores = read_scores(reply.value, len(prompts), self._low, self._high)
         except RequestError as error:
@@ -109,6 +110,9 @@ class ServerReward:
     async def close(self) -> None:
         """Let go of open connections."""
         await self._client.close()
+
+    def _texts(self, images: Tensor) -> list[str]:
+        return [self._delivery.pngs.of(picture) for picture in pil_images(images)]
 
 
 class DeqaReward(ServerReward):
@@ -192,10 +196,6 @@ def read_scores(value: Any, count: int, low: float, high: float) -> Tensor:
         for s, ok in zip(scores, is_number, strict=True)
     ]
     return torch.tensor(kept, dtype=torch.float32)
-
-
-def _encoded(images: Tensor) -> list[str]:
-    return [png_base64(image) for image in pil_images(images)]
 
 
 def _read_metadata(path: str, place: str) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from copy import copy
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from argrpo.data import Prompt
 from argrpo.rewards import vlm_questions
-from argrpo.rewards.image_transfer import pil_images, png_base64
+from argrpo.rewards.delivery import Delivery
+from argrpo.rewards.image_transfer import pil_images
 from argrpo.rewards.json_client import Connection, JsonClient, RequestError
-from argrpo.rewards.protocols import Answer, Due
+from argrpo.rewards.protocols import Answer
 from argrpo.rewards.vlm_questions import TokenOdds, load_question, read_score
 
 _TOP_LOGPROBS = 20  # the most that OpenAI's interface gives; ten digits fit with room for spaces
@@ -84,13 +84,13 @@ class VlmServerReward:
         }
         wanted = Connection.of(connection, f"{place}.connection")
         self._client = JsonClient(f"{url.rstrip('/')}/chat/completions", wanted, place=place)
-        self._due: Due = lambda: math.inf
+        self._delivery = Delivery()
 
-    def before(self, due: Due) -> Self:
-        """This judge, on the same connections, for answers that are wanted by then."""
-        hurried = copy(self)
-        hurried._due = due
-        return hurried
+    def within(self, delivery: Delivery) -> Self:
+        """This judge, on the same connections, for the questions of a step."""
+        bound = copy(self)
+        bound._delivery = delivery
+        return bound
 
     async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
         """One request an image."""
@@ -110,7 +110,7 @@ class VlmServerReward:
         body = {**self._request, "messages": [{"role": "user", "content": content}]}
         num_retries = 0
         try:
-            reply = await self._client.post(body, self._due)
+            reply = await self._client.post(body, self._delivery.due)
             num_retries = reply.num_retries
             said = read_completion(reply.value)
         except RequestError as error:
@@ -122,10 +122,7 @@ class VlmServerReward:
 
     def _picture(self, image: Tensor) -> str:
         (picture,) = pil_images(image)
-        if self._image_size is not None:
-            size = (self._image_size, self._image_size)
-            picture = picture.resize(size, Image.Resampling.BICUBIC)
-        return png_base64(picture)
+        return self._delivery.pngs.of(picture, self._image_size)
 
 
 class QwenVlServer(VlmServerReward):

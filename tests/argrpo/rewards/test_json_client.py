@@ -10,9 +10,10 @@ import torch
 
 from argrpo.data import Prompt
 from argrpo.rewards.background_loop import BackgroundLoop
+from argrpo.rewards.delivery import Delivery
 from argrpo.rewards.json_client import retry_after
 from argrpo.rewards.pool import Asking, Scoring
-from argrpo.rewards.protocols import Due, RemoteReward
+from argrpo.rewards.protocols import RemoteReward
 from argrpo.rewards.quantize import QuantizedRemoteReward, StepMap
 from argrpo.rewards.reward_server import ServerReward
 from argrpo.rewards.vlm_server import VlmServerReward
@@ -52,9 +53,9 @@ def test_time_is_left_from_the_last_image_on(scripted_server: Start) -> None:
     dues = []
 
     class Hurried(ServerReward):
-        def before(self, due: Due) -> "Hurried":
-            dues.append(due)
-            return super().before(due)
+        def within(self, delivery: Delivery) -> "Hurried":
+            dues.append(delivery.due)
+            return super().within(delivery)
 
     judge = Hurried(
         scripted_server(lambda exchange: exchange.reply({"scores": [0.25, 0.5, 0.75]})),
