@@ -1,20 +1,7 @@
 """The command line: argrpo demo, train, sample, convert, moments, score, eval, report, doctor.
 
-Exit codes:
-    0    done
-    1    a bug of argrpo, or of a judge of yours: a traceback says where
-    2    a setting, a flag or an input file is wrong: one line names it
-    69   a judge failed for too long; what there was is saved
-    70   a loss or a gradient stopped being a finite number
-    74   the machine: disk full, no permission, out of memory
-    124  nothing moved for longer than fault.watchdog_s
-    130  stopped at once, by Ctrl-C or a second signal
-    143  a training was stopped by a signal, and is saved
-
 Under torchrun `argrpo train` and `eval` are one run on several processes; all of them end with the
 code of the one that failed first, which alone says why. torchrun itself then ends with 1.
-
-Over 300 lines because every command begins here.
 """
 
 import argparse
@@ -135,6 +122,7 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> Callable[[], None]:
+    from argrpo.embedded_models import prepare_digits_of
     from argrpo.progress import stage_progress
     from argrpo.ranks import is_first
     from argrpo.trackers import make_trackers
@@ -146,7 +134,7 @@ def _train(arguments: list[str]) -> Callable[[], None]:
     # A judge of your own, my_rewards:score, may lie where the command was started. Last on the
     # path, so that no file there hides an installed package.
     sys.path.append(os.getcwd())
-    _prepare_digits_of(config, config.cache_dir)
+    prepare_digits_of(config, config.cache_dir)
     with stage_progress(Console(quiet=not is_first())) as report:
         trainer = Trainer(config, make_trackers(config, progress=True), report)
 
@@ -162,6 +150,7 @@ def _train(arguments: list[str]) -> Callable[[], None]:
 
 def _sample(arguments: list[str]) -> None:
     from argrpo.config_files import TEXTS, parse_config
+    from argrpo.embedded_models import prepare_digits_of
     from argrpo.progress import stage_progress
     from argrpo.sample_config import SampleConfig
     from argrpo.sampling import draw_samples
@@ -169,7 +158,7 @@ def _sample(arguments: list[str]) -> None:
     lists = {"--labels": None, "--names": TEXTS, "--prompts": TEXTS}
     config = parse_config(SampleConfig, arguments, command="argrpo sample", lists=lists)
     config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
-    _prepare_digits_of(config, config.cache_dir)
+    prepare_digits_of(config, config.cache_dir)
     with stage_progress(Console()) as report:
         folder = draw_samples(config, report)
     print(f"{folder}: one PNG file an image, grid.png, tokens.npy")
@@ -185,12 +174,13 @@ def _convert(arguments: list[str]) -> None:
 
 def _moments(arguments: list[str]) -> None:
     from argrpo.config_files import parse_config
+    from argrpo.embedded_models import prepare_digits_of
     from argrpo.moments import MomentsConfig, write_moments
     from argrpo.progress import stage_progress
 
     config = parse_config(MomentsConfig, arguments, command="argrpo moments", lists={})
     config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
-    _prepare_digits_of(config, config.cache_dir)
+    prepare_digits_of(config, config.cache_dir)
     with stage_progress(Console()) as report:
         moments = write_moments(config, report)
     print(f"{config.output}: {moments.num_images} images, {moments.dim} features")
@@ -198,6 +188,7 @@ def _moments(arguments: list[str]) -> None:
 
 def _score(arguments: list[str]) -> Callable[[], None]:
     from argrpo.config_files import parse_config
+    from argrpo.embedded_models import prepare_digits_of
     from argrpo.progress import stage_progress
     from argrpo.score import ScoreConfig, prepare_scoring
 
@@ -205,7 +196,7 @@ def _score(arguments: list[str]) -> Callable[[], None]:
     config = parse_config(ScoreConfig, arguments, command="argrpo score", lists=lists)
     config = dataclasses.replace(config, cache_dir=_cache_dir(config.cache_dir))
     sys.path.append(os.getcwd())  # as for argrpo train
-    _prepare_digits_of(config, config.cache_dir)
+    prepare_digits_of(config, config.cache_dir)
     run = prepare_scoring(config)
 
     def scored() -> None:
@@ -219,7 +210,7 @@ def _score(arguments: list[str]) -> Callable[[], None]:
 def _eval(arguments: list[str]) -> None:
     from argrpo.evaluation_command import run_evaluation
 
-    run_evaluation(arguments, _cache_dir, _prepare_digits_of)
+    run_evaluation(arguments, _cache_dir)
 
 
 def _report(arguments: list[str]) -> None:
@@ -248,18 +239,6 @@ def _doctor(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
     cache_dir = Path(str(_cache_dir(chosen.cache_dir)))
     show(examine(Path.cwd(), cache_dir), Console())
-
-
-def _prepare_digits_of(config: object, cache_dir: str | None) -> None:
-    """Train the embedded models where it can be seen, if a path of the config names one."""
-    from argrpo.demo import prepare_digits
-    from argrpo.model_paths import names_text_digits
-    from argrpo.ranks import is_first
-
-    named = repr(config)
-    if "digits:" in named:
-        console = Console(quiet=not is_first())
-        prepare_digits(cache_dir, console, with_captions=names_text_digits(named))
 
 
 def _cache_dir(asked: str | None) -> str:

@@ -16,14 +16,13 @@ from torch import Tensor
 from argrpo.config import TrainConfig, describe
 from argrpo.config_files import parse_config
 from argrpo.demo_tasks import PRESETS, DemoTask, TaskName, make_task
-from argrpo.digits.assets import DigitsAssets, default_cache_dir, digits_assets
 from argrpo.digits.dataset import NUM_CLASSES
 from argrpo.digits.evaluation import DigitsScores
+from argrpo.embedded_models import prepare_digits
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.image_files import save_grid
 from argrpo.models.loading import load_policy, load_tokenizer
 from argrpo.models.vq import VQTokenizer
-from argrpo.progress import stage_progress
 from argrpo.report import write_report
 from argrpo.run_folder import RunFolder, write_atomically
 from argrpo.trackers import make_trackers
@@ -117,27 +116,6 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     _tell(result, task, console)
     _tell_where(result, task, report, time.monotonic() - started, console)
     return result
-
-
-def prepare_digits(
-    cache_dir: str | None, console: Console, *, with_captions: bool = False
-) -> DigitsAssets:
-    """The embedded models, trained now under the eyes of the user if the cache has none.
-
-    Args:
-        cache_dir: where they are kept; None: argrpo under the user's cache folder.
-        console: where progress is shown.
-        with_captions: those of the task with captions, too.
-    """
-    folder = Path(cache_dir) if cache_dir else default_cache_dir()
-    with stage_progress(console) as progress:
-        assets = digits_assets(folder, progress)
-        if with_captions:
-            # Here, because transformers is seconds to import.
-            from argrpo.digits.text_assets import text_digits_assets
-
-            text_digits_assets(folder, progress)
-        return assets
 
 
 def _train_config(config: DemoConfig, folder: RunFolder) -> TrainConfig:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from argrpo.config_files import parse_config
+from argrpo.embedded_models import prepare_digits_of
 from argrpo.eval_c2i import evaluate_classes
 from argrpo.eval_c2i_config import C2iConfig, resolved
 from argrpo.eval_t2i import evaluate_texts
@@ -25,19 +26,13 @@ _USAGE = """usage: argrpo eval c2i | t2i [--setting value ...]
 _C2I_LISTS = {"--labels": None, "--names": None, "--compare": None, "--guidance_scales": None}
 _T2I_LISTS = {"--judges": "name", "--compare": None, "--data.classes": None}
 
-Prepare = Callable[[object, str | None], None]
-"""Trains the embedded models where a config names one."""
 
-
-def run_evaluation(
-    arguments: list[str], cache_dir: Callable[[str | None], str], prepare: Prepare
-) -> None:
+def run_evaluation(arguments: list[str], cache_dir: Callable[[str | None], str]) -> None:
     """One evaluation, by the command line behind `argrpo eval`.
 
     Args:
         arguments: begin with c2i or t2i.
         cache_dir: the folder of the embedded models, of the one asked for.
-        prepare: see `Prepare`.
 
     Raises:
         ValueError, FileNotFoundError: a setting or an input that does not fit.
@@ -50,13 +45,13 @@ def run_evaluation(
         raise SystemExit(0)
     if kind not in commands:
         raise ValueError(f"eval: expected {' or '.join(commands)}, got {kind or 'nothing'}")
-    commands[kind](arguments[1:], cache_dir, prepare)
+    commands[kind](arguments[1:], cache_dir)
 
 
-def _c2i(arguments: list[str], cache_dir: Callable[[str | None], str], prepare: Prepare) -> None:
+def _c2i(arguments: list[str], cache_dir: Callable[[str | None], str]) -> None:
     config = parse_config(C2iConfig, arguments, command="argrpo eval c2i", lists=_C2I_LISTS)
     config = dataclasses.replace(config, cache_dir=cache_dir(config.cache_dir))
-    prepare(resolved(config), config.cache_dir)
+    prepare_digits_of(resolved(config), config.cache_dir)
     console = wide_console()
     with stage_progress(console) as report:
         results = evaluate_classes(config, report if is_first() else unreported)
@@ -66,10 +61,10 @@ def _c2i(arguments: list[str], cache_dir: Callable[[str | None], str], prepare: 
         tell_unfinished(config, console)
 
 
-def _t2i(arguments: list[str], cache_dir: Callable[[str | None], str], prepare: Prepare) -> None:
+def _t2i(arguments: list[str], cache_dir: Callable[[str | None], str]) -> None:
     config = parse_config(T2iConfig, arguments, command="argrpo eval t2i", lists=_T2I_LISTS)
     config = dataclasses.replace(config, cache_dir=cache_dir(config.cache_dir))
-    prepare(config, config.cache_dir)
+    prepare_digits_of(config, config.cache_dir)
     # A judge of your own may lie where the command was started; last on the path, so that no file
     # there hides an installed package.
     sys.path.append(os.getcwd())

@@ -1,4 +1,16 @@
-"""How a command tells its end to who started it; what each code means stands in argrpo/cli.py."""
+"""How a command tells its end to who started it.
+
+Exit codes:
+    0    done
+    1    a bug of argrpo, or of a judge of yours: a traceback says where
+    2    a setting, a flag or an input file is wrong: one line names it
+    69   a judge failed for too long; what there was is saved
+    70   a loss or a gradient stopped being a finite number
+    74   the machine: disk full, no permission, out of memory
+    124  nothing moved for longer than fault.watchdog_s
+    130  stopped at once, by Ctrl-C or a second signal
+    143  a training was stopped by a signal, and is saved
+"""
 
 DONE, BUG, WRONG_INPUT, NO_JUDGE, NOT_FINITE, MACHINE = 0, 1, 2, 69, 70, 74
 STOPPED, PREEMPTED = 130, 143  # 124 and a second signal's 130 end the process where they happen

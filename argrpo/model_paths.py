@@ -74,6 +74,11 @@ def resolve_path(path: str, cache_dir: str | None) -> Path:
     return known[name]
 
 
+def names_digits(text: str) -> bool:
+    """Whether a text, as the record of a config, holds a name of the embedded task."""
+    return _DIGITS in text
+
+
 def names_text_digits(text: str) -> bool:
     """Whether a text, as the record of a config, holds a name of the task with captions."""
     return any(f"{_DIGITS}{name}" in text for name in _TEXT_NAMES)

@@ -357,7 +357,7 @@ def test_the_exit_codes_of_the_documentation_are_those_of_the_code() -> None:
     codes = {*named.values(), 124}
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for code in codes:
-        assert f"\n    {code} " in (cli.__doc__ or "")
+        assert f"\n    {code} " in (exit_codes.__doc__ or "")
         assert f"| {code} |" in readme
 
 
