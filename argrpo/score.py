@@ -1,7 +1,7 @@
 """`argrpo score`: what judges say of a folder of images.
 
 Leaves scores.csv (a line an image; empty: not scored), scores.json (the same, and what each judge
-came to) and histograms.png.
+came to: statistics, seconds, failures, on a GPU the memory in use at once) and histograms.png.
 
 Shapes: N images, R judges.
 """
@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -170,15 +170,19 @@ def _ask(
             report("scores", stop, len(pictures))
     finally:
         asking.close(judges)
-    return [
-        Outcome(
-            judge.name,
-            Answer.joined([outcome.answer for outcome in found]),
-            sum(outcome.seconds for outcome in found),
-            max(outcome.batch for outcome in found),
-        )
-        for judge, found in zip(judges, zip(*parts, strict=True), strict=True)
-    ]
+    return [_joined(found) for found in zip(*parts, strict=True)]
+
+
+def _joined(parts: Sequence[Outcome]) -> Outcome:
+    """What one judge said of consecutive batches."""
+    peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
+    return Outcome(
+        parts[0].name,
+        Answer.joined([part.answer for part in parts]),
+        sum(part.seconds for part in parts),
+        max(part.batch for part in parts),
+        max(peaks, default=None),
+    )
 
 
 def _check_judges(judges: list[Judge]) -> None:

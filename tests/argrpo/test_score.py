@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from argrpo.data import Prompt
 from argrpo.image_files import save_image
 from argrpo.image_folder import list_images, read_batches, with_prompts
 from argrpo.reward_config import RewardConfig
+from argrpo.rewards.lanes import Outcome
+from argrpo.rewards.pool import Scoring
 from argrpo.score import ScoreConfig, prepare_scoring
 
 Start = Callable[[Callable[[Any], None]], str]
@@ -84,6 +87,26 @@ def test_a_folder_becomes_a_table_a_summary_and_a_picture(
     assert found["images"][4]["score_judges:redness"] is None
     with Image.open(folder / "out/histograms.png") as picture:
         assert picture.width > 600 and len(picture.convert("L").getcolors(256) or []) > 10
+
+
+def test_the_summary_has_the_most_memory_that_a_judge_had_in_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--rewards", "score_judges:redness", "score_judges:letters"]
+    words += ["--prompts", "prompts.txt", "--batch", "2"]
+    # A GPU's allocator would say it, of three batches here; a judge behind a server has none.
+    peaks, finish = iter([5, 9, 7]), Scoring.finish
+
+    def on_a_gpu(scoring: Scoring) -> list[Outcome]:
+        first, second = finish(scoring)
+        return [replace(first, peak_bytes=next(peaks)), second]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scoring, "finish", on_a_gpu)
+        assert _score(*words) == 0
+    judges = json.loads((folder / "out/scores.json").read_text())["judges"]
+    assert judges["score_judges:redness"]["peak_bytes"] == 9
+    assert "peak_bytes" not in judges["score_judges:letters"]
 
 
 def test_weights_and_options_come_from_a_file(folder: Path) -> None:
