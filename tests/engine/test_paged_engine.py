@@ -1,24 +1,21 @@
-"""The engine over pages: cohorts, shared and copied prefix pages, replays, and pages that come back
-whatever happens. The fixture `build` of the other engine tests covers what all kinds share."""
+"""The engine over pages: cohorts, replays, and pages that come back whatever happens. The fixture
+`build` of the other engine tests covers what all kinds share."""
 
 import copy
 import itertools
-import random
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from paged_draws import PAGE_BYTES, assert_same_draw, labels, paged
+from torch import nn
 
-from argrpo.engine import paged_runner, rollout_engine
-from argrpo.engine.conditions import TextFeatures
+from argrpo.engine import paged_runner
 from argrpo.engine.decode_step import DecodeState
 from argrpo.engine.device_queue import DeviceQueue
 from argrpo.engine.page_pool import PagePool
 from argrpo.engine.paged_cache import PagedCache
 from argrpo.engine.paged_runner import PagedRunner
-from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
@@ -28,8 +25,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN = SamplingParams()
 GUIDED = SamplingParams(guidance_scale=3.0, temperature=0.9, top_k=60, top_p=0.95)
 INTERVAL = SamplingParams(guidance_scale=2.0, guidance_interval=20)
-# Keys and values of 16 positions in two layers, two heads of 64 numbers of 4 bytes.
-PAGE_BYTES = 2 * 2 * 2 * 16 * 64 * 4
 # fp32 logits of size 10, summed in another order.
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
@@ -39,25 +34,6 @@ def policy() -> LlamaGen:
     """Two layers, 64 tokens (4 pages of 16), 512 codes, 10 classes."""
     loaded = load_policy(GOLDEN / "llamagen_c2i" / "main.pt", image_size=128, num_heads=2)
     return loaded.requires_grad_(False)
-
-
-def paged(policy: LlamaGen, max_slots: int, pages: int | None = None) -> RolloutEngine:
-    kv_bytes = None if pages is None else pages * PAGE_BYTES
-    return RolloutEngine(policy, max_slots=max_slots, page_size=16, kv_bytes=kv_bytes, paged=True)
-
-
-def labels(count: int) -> Tensor:
-    return torch.randint(0, 10, (count,), generator=torch.Generator().manual_seed(3))
-
-
-def assert_same_draw(got: Rollout, expected: Rollout) -> None:
-    """Bit for bit."""
-    for field in ("token_ids", "logprobs", "entropies", "image_ids"):
-        assert torch.equal(getattr(got, field), getattr(expected, field)), field
-    for field in ("cond_logprobs", "support"):
-        one, other = getattr(got, field), getattr(expected, field)
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other), field
 
 
 @pytest.mark.parametrize("params", [PLAIN, GUIDED, INTERVAL], ids=["plain", "guided", "interval"])
@@ -192,25 +168,6 @@ def test_pages_come_back_after_ctrl_c(
     assert_same_draw(engine.draw(labels(20), GUIDED, seed=5), expected)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_partial_waves_under_guidance_that_ends_score_as_they_were_drawn(
-    seed: int,
-) -> None:
-    """Empty slots of a wave must not store keys through tables whose pages are others' by now."""
-    rng = random.Random(seed)
-    keyed = seed % 2 == 1
-    policy = text_model(_Turned if keyed else LlamaGen)
-    engine = RolloutEngine(policy, max_slots=rng.randint(3, 8), page_size=16, paged=True)
-    for _ in range(3):
-        params = SamplingParams(guidance_scale=3.0, guidance_interval=rng.randint(0, 14))
-        conditions = prompts([rng.randrange(3) for _ in range(rng.randint(1, 20))])
-        rollout = engine.draw(conditions, params, seed=rng.randrange(100))
-        again = policy.logprobs(conditions, rollout.token_ids, params)
-        # Logits reach 30 under guidance of 3, and so does what rounds.
-        torch.testing.assert_close(again, rollout.logprobs, atol=3e-4, rtol=0)
-        engine.check()
-
-
 @pytest.mark.parametrize("pages", [None, 40], ids=["lockstep", "cohorts"])
 def test_images_given_away_a_turn_later_are_the_same(
     pages: int | None, policy: LlamaGen, monkeypatch: pytest.MonkeyPatch
@@ -289,117 +246,6 @@ def test_weights_at_new_addresses_are_captured_again(
     assert torch.equal(engine.draw(labels(4), PLAIN, seed=0).token_ids, expected.token_ids)
 
 
-class _Turned(LlamaGen):
-    """A prefix with a rotary embedding, as most other models have."""
-
-    @property
-    def rotary(self) -> Tensor:
-        length = self.config.prefix_len
-        angles = torch.arange(length)[:, None] * torch.linspace(0.1, 1, self.config.head_dim // 2)
-        turned = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return torch.cat([turned, super().rotary[length:]])
-
-
-def text_model(kind: type[LlamaGen]) -> LlamaGen:
-    """Prompts of 20 positions: one full page of 16, shared, and 4 more."""
-    config = LlamaGenConfig(
-        dim=32,
-        num_layers=2,
-        num_heads=2,
-        ffn_dim=64,
-        vocab_size=64,
-        image_size=64,
-        model_type="t2i",
-        caption_dim=8,
-        prefix_len=20,
-    )
-    model = kind(config).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.mul_(6.0)  # from 0.02 to 0.12, which makes attention and logits uneven
-    return model
-
-
-def prompts(index: list[int]) -> TextFeatures:
-    features = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(1))
-    return TextFeatures(features, torch.ones(3, 20, dtype=torch.bool), torch.tensor(index))
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_a_prefix_kept_as_keys_draws_what_the_collapsed_one_draws(
-    scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy, conditions = text_model(LlamaGen), prompts([2, 0, 0, 1, 2, 2, 0])
-    params = SamplingParams(guidance_scale=scale)
-    collapsed = paged(policy, 4).draw(conditions, params, seed=3)
-    monkeypatch.setattr(rollout_engine, "has_zero_rotary_prefix", lambda policy: False)
-    engine = paged(policy, 4)
-    keyed = engine.draw(conditions, params, seed=3)
-    # This seed has no tie.
-    assert torch.equal(keyed.token_ids, collapsed.token_ids)
-    torch.testing.assert_close(keyed.logprobs, collapsed.logprobs, **TOLERANCE)
-    engine.check()
-    assert engine.num_held_pages == 0
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_a_turned_prefix_scores_as_it_was_drawn(scale: float) -> None:
-    policy, conditions = text_model(_Turned), prompts([2, 0, 0, 1, 2])
-    engine = RolloutEngine(policy, max_slots=4, page_size=16)
-    params = SamplingParams(guidance_scale=scale)
-    rollout = engine.draw(conditions, params, seed=3)
-    again = policy.logprobs(conditions, rollout.token_ids, params)
-    torch.testing.assert_close(again, rollout.logprobs, **TOLERANCE)
-    plain = text_model(LlamaGen).logprobs(conditions, rollout.token_ids, params)
-    assert (plain - again).abs().max() > 0.1, "the rotation matters"
-
-
-def test_images_of_one_prompt_share_its_full_pages() -> None:
-    policy = text_model(_Turned)
-    engine = RolloutEngine(policy, max_slots=8, page_size=16)
-    parts = engine.draw_iter(prompts([1] * 8), PLAIN, seed=3)
-    runner, held = engine._runner, []
-    assert isinstance(runner, PagedRunner)
-    honest = runner._replay
-
-    def watched(*arguments: object) -> None:
-        held.append(engine.num_held_pages)
-        engine.check()
-        honest(*arguments)
-
-    runner._replay = watched
-    list(parts)
-    # 35 entries an image: one page shared by all, a second of its own, later a third.
-    assert held[0] == 1 + 8 and held[-1] == 1 + 8 * 2
-    assert engine.num_held_pages == 0
-
-
-def test_padded_prompts_need_a_prefix_that_collapses() -> None:
-    conditions = prompts([0, 1])
-    mask = torch.arange(20) >= torch.tensor([[0], [5], [0]])
-    padded = TextFeatures(conditions.features, mask, conditions.index)
-    engine = RolloutEngine(text_model(_Turned), max_slots=4, page_size=16)
-    with pytest.raises(ValueError, match="conditions: expected prompts without padding"):
-        engine.draw(padded, PLAIN, seed=0)
-    assert RolloutEngine(text_model(LlamaGen), max_slots=4).draw(padded, PLAIN, seed=0)
-    with pytest.raises(ValueError, match="paged: expected True or None for a policy whose prefix"):
-        RolloutEngine(text_model(_Turned), max_slots=4, paged=False)
-
-
-def test_prompts_of_mixed_lengths_in_cohorts_score_as_they_were_drawn() -> None:
-    policy = load_policy(GOLDEN / "llamagen_t2i" / "model.pt", image_size=128, num_heads=2)
-    case = load_file(GOLDEN / "llamagen_t2i" / "expected.safetensors")
-    index = torch.arange(40) * 7 % 3
-    conditions = TextFeatures(case["features"], case["mask"], index)
-    page_bytes = 2 * 2 * policy.shape.num_heads * 16 * policy.shape.head_dim * 4
-    engine = RolloutEngine(policy, max_slots=8, page_size=16, kv_bytes=40 * page_bytes, paged=True)
-    assert "groups" in engine.describe()
-    params = SamplingParams(guidance_scale=4.0, top_k=50)
-    rollout = engine.draw(conditions, params, seed=2, support=True)
-    with torch.no_grad():
-        again = policy.logprobs(conditions, rollout.token_ids, params, support=rollout.support)
-    torch.testing.assert_close(again, rollout.logprobs, **TOLERANCE)
-
-
 def test_an_engine_says_when_the_slots_asked_for_do_not_fit(
     policy: LlamaGen, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -442,66 +288,3 @@ def test_graphs_switch_where_guidance_ends(
     expected = paged(policy, 8).draw(labels(11), INTERVAL, seed=5)
     request.getfixturevalue("replayed_steps")
     assert_same_draw(paged(policy, 8).draw(labels(11), INTERVAL, seed=5), expected)
-
-
-GPU_DRAWS = {
-    "plain": PLAIN,
-    "guided": GUIDED,
-    "interval": SamplingParams(guidance_scale=2.0, guidance_interval=20, temperature=0.9),
-}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("pages", [None, 40], ids=["lockstep", "cohorts"])
-@pytest.mark.parametrize("name", GPU_DRAWS)
-def test_a_gpu_replays_graphs_whose_every_row_scores_as_it_was_drawn(
-    name: str, pages: int | None, policy: LlamaGen
-) -> None:
-    params, moved = GPU_DRAWS[name], copy.deepcopy(policy).cuda()
-    engine = paged(moved, 8, pages=pages)
-    waves = RolloutEngine(moved, max_slots=8, paged=False)
-    for seed in (5, 6):  # the second draw replays what the first captured
-        one = engine.draw(labels(29), params, seed=seed, support=True)
-        again = moved.logprobs(labels(29), one.token_ids, params, support=one.support)
-        # fp32 throughout: TF32 is off unless somebody switches it on.
-        torch.testing.assert_close(again, one.logprobs, atol=1e-3, rtol=0)
-        other = waves.draw(labels(29), params, seed=seed)
-        parted = (one.token_ids != other.token_ids).any(dim=1)
-        assert parted.sum() <= 2, "ties of fp32 rounding are rarer"
-    assert_same_draw(engine.draw(labels(29), params, seed=6, support=True), one)
-    order = torch.randperm(29)
-    shuffled = engine.draw(labels(29)[order], params, seed=6, image_ids=order, support=True)
-    assert torch.equal(shuffled.token_ids, one.token_ids[order.cuda()])
-    engine.check()
-    parts = engine.draw_iter(labels(29), params, seed=7)
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        assert sum(len(part) for part in parts) == 29
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-@pytest.mark.gpu
-def test_a_gpu_draws_texts_and_keyed_prefixes_that_score_as_they_were_drawn() -> None:
-    params = SamplingParams(guidance_scale=3.0)
-    for kind in (LlamaGen, _Turned):
-        policy = text_model(kind).cuda()
-        engine = RolloutEngine(policy, max_slots=4, page_size=16)
-        conditions = prompts([2, 0, 0, 1, 2, 2, 0])
-        rollout = engine.draw(conditions, params, seed=3)
-        again = policy.logprobs(conditions, rollout.token_ids, params)
-        torch.testing.assert_close(again, rollout.logprobs, atol=1e-3, rtol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_bf16_on_a_gpu_strays_no_further_than_plain_pytorch(scale: float, policy: LlamaGen) -> None:
-    half, params = copy.deepcopy(policy).bfloat16().cuda(), SamplingParams(guidance_scale=scale)
-    strays = []
-    for is_paged in (True, False):
-        engine = RolloutEngine(half, max_slots=32, page_size=16, paged=is_paged)
-        rollout = engine.draw(labels(64), params, seed=1)
-        ratio = (half.logprobs(labels(64), rollout.token_ids, params) - rollout.logprobs).abs()
-        strays.append(ratio.flatten().quantile(0.99))
-    assert strays[0] <= 1.5 * strays[1]
