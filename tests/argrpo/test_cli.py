@@ -9,19 +9,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 
 import argrpo
 from argrpo import cli, doctor, exit_codes
 from argrpo.cli import main
-from argrpo.config import RewardConfig, TrainConfig
-from argrpo.config_files import parse_config, preset_names
+from argrpo.config_files import parse_config
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import save_policy, save_tokenizer
 from argrpo.models.vq import VQConfig, VQTokenizer
@@ -385,80 +382,6 @@ def test_the_commands_of_the_readme_parse(monkeypatch: pytest.MonkeyPatch, tmp_p
     for command, *words in parsed:
         with pytest.raises(_Parsed):
             cli._COMMANDS[command].prepare(words)
-
-
-@pytest.mark.parametrize("preset", preset_names())
-def test_every_preset_is_a_valid_config_by_its_name_alone(preset: str) -> None:
-    for name in (preset, preset.removesuffix(".yaml")):
-        config = parse_config(TrainConfig, ["--config", name], command="argrpo train", lists={})
-        assert config.output_dir.startswith("runs/")
-
-
-def test_a_file_of_the_users_comes_before_a_preset_of_the_same_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    preset = parse_config(TrainConfig, ["--config", "digits.yaml"], command="", lists={})
-    Path("digits.yaml").write_text("output_dir: mine\npolicy: {path: a}\ntokenizer: {path: b}\n")
-    words = ["--config", "digits.yaml", "--rewards", "clip", "hpsv2"]
-    mine = parse_config(TrainConfig, words, command="", lists={"--rewards": "name"})
-    assert (preset.output_dir, mine.output_dir) == ("runs/digits", "mine")
-    assert [judge.name for judge in mine.rewards] == ["clip", "hpsv2"]
-
-
-@pytest.mark.parametrize(
-    ("words", "rewards"),
-    [
-        ("--rewards mine:f", [RewardConfig(name="mine:f")]),
-        ("--rewards=mine:f", [RewardConfig(name="mine:f")]),
-        ("--rewards a:b c:d", [RewardConfig(name="a:b"), RewardConfig(name="c:d")]),
-        ("--rewards a:b c:d e:f", [RewardConfig(name=name) for name in ("a:b", "c:d", "e:f")]),
-        ('--rewards \'[{"name": "a:b", "weight": 2}]\'', [RewardConfig(name="a:b", weight=2.0)]),
-    ],
-)
-def test_judges_of_a_flag_take_nothing_from_those_of_the_file(
-    words: str, rewards: list[RewardConfig]
-) -> None:
-    lists = {"--rewards": "name", "--monitors": "name"}
-    for flag, preset in (("rewards", "argrpo_c2i_xl_384"), ("monitors", "digits")):
-        asked = shlex.split(f"--config {preset} {words.replace('--rewards', f'--{flag}')}")
-        assert getattr(parse_config(TrainConfig, asked, command="", lists=lists), flag) == rewards
-
-
-def test_print_config_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--config", "digits", "--seed", "9", "--print_config"]) == 0
-    path = tmp_path / "printed.yaml"
-    path.write_text(capsys.readouterr().out)
-    printed = parse_config(TrainConfig, ["--config", str(path)], command="", lists={})
-    asked = parse_config(TrainConfig, ["--config", "digits", "--seed", "9"], command="", lists={})
-    assert printed == asked
-
-
-def test_doctor_says_what_is_there_and_what_will_be_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["doctor", "--cache_dir", str(tmp_path / "not" / "there")]) == 0
-    text = capsys.readouterr().out
-    for words in ("torch", "triton", "GPU", "memory", "GB free", "argrpo[track]", "engine"):
-        assert words in text
-    assert torch.__version__.partition("+")[0] in text
-    assert str(tmp_path / "not" / "there") in text
-
-
-def test_doctor_names_a_gpu_and_what_it_changes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gpu = SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu.name)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (120e9, 150e9))
-    doctor.show(doctor.examine(tmp_path, tmp_path), Console(width=200))
-    text = capsys.readouterr().out
-    assert "NVIDIA H200, compute capability 9.0, 120 of 150 GB free" in text
-    assert "cuda: a GPU was found" in text
-    assert "bfloat16" in text
 
 
 def test_the_cache_folder_follows_the_environment(
