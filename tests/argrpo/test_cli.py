@@ -1,96 +1,30 @@
 """The command line: wrong input is one line that names it, and the exit code says whose fault."""
 
-import pickle
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
+from command_line import refusal, write_config, write_models
 
 import argrpo
-from argrpo import cli, doctor, exit_codes
+from argrpo import cli, doctor
 from argrpo.cli import main
 from argrpo.config_files import parse_config
-from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
-from argrpo.models.loading import save_policy, save_tokenizer
-from argrpo.models.vq import VQConfig, VQTokenizer
-from argrpo.non_finite import NonFiniteError
-from argrpo.rewards.failure_watch import JudgesUnavailableError
-from argrpo.trainer import Trainer
-
-JUDGES = """
-import torch
-
-def darkness(images, prompts):
-    return 1 - images.mean(dim=(1, 2, 3))
-
-def mistaken(images, prompts):
-    return images.no_such_method()
-
-def strict(images, prompts):
-    raise ValueError("images: too beautiful")
-
-def lost(images, prompts):
-    return open("no_such_file")
-
-def leaving(images, prompts):
-    raise SystemExit("that will do")
-"""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny policy and tokenizer, damaged copies of the policy, and a module of judges."""
-    folder = tmp_path_factory.mktemp("models")
-    sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64, "vocab_size": 32}
-    policy = LlamaGen(LlamaGenConfig(**sizes, image_size=16, downsample=4, num_classes=10))
-    save_policy(policy, folder / "policy")
-    vq = VQConfig(
-        codebook_size=32,
-        codebook_dim=8,
-        z_channels=32,
-        channels=32,
-        encoder_multipliers=(1, 1, 1),
-        decoder_multipliers=(1, 1, 1),
-        num_res_blocks=1,
-    )
-    save_tokenizer(VQTokenizer(vq), folder / "tokenizer")
-    weights = load_file(folder / "policy" / "model.safetensors")
-    torch.save({"model": weights}, folder / "policy.pt")
-    whole = (folder / "policy.pt").read_bytes()
-    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"model": subprocess.Popen}, folder / "code.pt")
-    (folder / "pickle.pt").write_bytes(pickle.dumps({"model": subprocess.Popen}))
-    (folder / "own_judges_of_the_cli_test.py").write_text(JUDGES)
-    return folder
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def config_file(models: Path, tmp_path: Path) -> Path:
-    """A run of two tiny steps."""
-    config = {
-        "output_dir": str(tmp_path / "run"),
-        "policy": {"path": str(models / "policy")},
-        "tokenizer": {"path": str(models / "tokenizer")},
-        "data": {"names": "digits"},
-        "rewards": [{"name": "own_judges_of_the_cli_test:darkness"}],
-        "prompts_per_step": 2,
-        "images_per_prompt": 2,
-        "num_steps": 2,
-        "device": "cpu",
-        "output": {"sample_every": 0, "sample_images": 2, "trackers": []},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    return write_config(models, tmp_path)
 
 
 @pytest.fixture
@@ -98,16 +32,6 @@ def in_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command is started where the judges lie."""
     monkeypatch.chdir(models)
     monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-def refusal(capsys: pytest.CaptureFixture[str], code: int, *words: str | Path) -> str:
-    """The one line that a command leaves on standard error."""
-    assert main([str(word) for word in words]) == code
-    printed = capsys.readouterr()
-    lines = printed.err.splitlines()
-    assert len(lines) == 1
-    assert code != 2 or not printed.out
-    return lines[0].removeprefix("argrpo: ")
 
 
 @pytest.mark.usefixtures("in_models")
@@ -236,92 +160,9 @@ def test_a_folder_that_cannot_be_written_is_a_wrong_setting(
     assert line.startswith("output_dir: expected a folder that can be written, got /proc/run")
 
 
-def test_a_disk_that_fills_up_is_the_machines_fault_and_leaves_nothing(
-    models: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    files_up_to: Callable[[int], AbstractContextManager[None]],
-) -> None:
-    words = ["--policy", models / "policy", "--tokenizer", models / "tokenizer", "--labels", "3"]
-    with files_up_to(60):
-        line = refusal(capsys, 74, "sample", *words, "--output_dir", tmp_path / "out")
-    assert "00000_class_0003.png: expected room for a file, got a full disk" in line
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("in_models")
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (JudgesUnavailableError("rewards.deqa: expected scores, got none"), 69),
-        (NonFiniteError("grad_norm: expected a finite number"), 70),
-        (torch.OutOfMemoryError("memory: 3 GB wanted"), 74),
-        (PermissionError(13, "Permission denied"), 74),
-    ],
-)
-def test_what_goes_wrong_in_a_run_has_an_exit_code_of_its_own(
-    config_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    error: Exception,
-    code: int,
-) -> None:
-    def broken(_: Trainer) -> None:
-        raise error
-
-    monkeypatch.setattr(Trainer, "train", broken)
-    assert refusal(capsys, code, "train", "--config", config_file) == str(error)
-
-
-@pytest.mark.usefixtures("in_models")
-@pytest.mark.parametrize(
-    ("judge", "error", "said"),
-    [
-        ("mistaken", AttributeError, "no_such_method"),
-        ("strict", ValueError, "too beautiful"),
-        ("lost", FileNotFoundError, "no_such_file"),
-    ],
-)
-def test_a_bug_in_a_judge_shows_its_traceback(
-    config_file: Path, judge: str, error: type[Exception], said: str
-) -> None:
-    with pytest.raises(error, match=said):
-        words = ["--config", str(config_file), "--rewards", f"own_judges_of_the_cli_test:{judge}"]
-        main(["train", *words])
-
-
-@pytest.mark.usefixtures("in_models")
-def test_a_judge_that_ends_the_program_is_heard(
-    config_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--config", config_file, "--rewards", "own_judges_of_the_cli_test:leaving"]
-    assert refusal(capsys, 1, "train", *words) == "that will do"
-
-
-@pytest.mark.parametrize(("given", "code"), [(None, 0), (0, 0), (3, 3)])
-def test_a_quiet_end_keeps_its_code(
-    monkeypatch: pytest.MonkeyPatch, given: int | None, code: int
-) -> None:
-    def leaving(*_: object) -> None:
-        raise SystemExit(given)
-
-    monkeypatch.setattr(doctor, "examine", leaving)
-    assert main(["doctor"]) == code
-
-
 def test_the_traceback_of_a_refusal_can_be_asked_for(config_file: Path) -> None:
     with pytest.raises(ValueError, match="num_steps: expected at least 1"):
         main(["--traceback", "train", "--config", str(config_file), "--num_steps", "0"])
-
-
-def test_ctrl_c_is_a_short_message(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(doctor, "examine", interrupted)
-    assert refusal(capsys, 130, "doctor") == "stopped by Ctrl-C"
 
 
 def test_help_of_each_command_says_what_its_settings_do(
@@ -347,15 +188,6 @@ def test_the_help_lists_the_commands_that_stand_and_no_other(
     for command in ("demo", "train", "sample", "moments", "score", "report", "doctor"):
         assert f"\n  {command} " in text
     assert main(["eval"]) == 2
-
-
-def test_the_exit_codes_of_the_documentation_are_those_of_the_code() -> None:
-    named = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
-    codes = {*named.values(), 124}
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    for code in codes:
-        assert f"\n    {code} " in (exit_codes.__doc__ or "")
-        assert f"| {code} |" in readme
 
 
 class _Parsed(Exception):
