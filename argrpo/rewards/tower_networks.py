@@ -19,16 +19,17 @@ class OpenClipNetwork:
 
     Args:
         model: an architecture, or a folder with local-dir: or hf-hub: in front.
-        pretrained: a file or a tag; None for a folder.
+        pretrained: a file or a tag; None for a folder, or for an architecture with random weights.
 
     Raises:
         ValueError: its pictures want what is not done here.
     """
 
     def __init__(self, model: str, pretrained: str | None) -> None:
-        # Without require_pretrained a folder that lacks weights gives random ones.
+        # Without require_pretrained a folder that lacks weights gives random ones, too.
+        is_random = pretrained is None and model in open_clip.list_models()
         self.module: nn.Module = open_clip.create_model(
-            model, pretrained, require_pretrained=True, weights_only=True
+            model, pretrained, require_pretrained=not is_random, weights_only=True
         )
         self._tokenizer = open_clip.get_tokenizer(model)
         self.pixels = _pixels(open_clip.get_model_preprocess_cfg(self.module))
