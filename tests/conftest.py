@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 # These import argrpo inside fixtures alone: whoever imports a kernel fixes its interpreter.
-pytest_plugins = ("engine_kinds", "rank_processes", "scripted_servers", "small_models")
+pytest_plugins = (
+    "engine_kinds",
+    "rank_processes",
+    "rollout_scripts",
+    "scripted_servers",
+    "small_models",
+)
 
 TESTS = Path(__file__).parent
 KERNEL_TESTS = TESTS / "kernels"

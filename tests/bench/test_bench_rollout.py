@@ -12,24 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from rollout_scripts import BENCH, SCRIPTS
 from torch.utils.flop_counter import FlopCounterMode
-
-BENCH = Path(__file__).parents[2] / "bench"
-SCRIPTS = (
-    "bench_rollout",
-    "hf_static_peer",
-    "llamagen_peer",
-    "llamagen_variants",
-    "result_rows",
-    "rollout_contenders",
-    "rollout_peers",
-    "rollout_rows",
-    "roofline",
-    "static_cache_peer",
-    "static_decoder",
-    "timing",
-    "turns",
-)
 
 # A checkout with the names that the bench calls in LlamaGen's. Its model has no layers, so the
 # logits of token 0 are the head of the normed class embedding, as those of our policy are where no
