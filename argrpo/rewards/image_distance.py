@@ -10,7 +10,6 @@ Source: LPIPS, Zhang et al., arXiv:1801.03924 and its package lpips, which bring
 weights; VA-pi, arXiv:2512.19680, rewards -(mse + lpips).
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from argrpo.data import Prompt
 from argrpo.models.checkpoint_files import first_keys, read_checkpoint
-from argrpo.rewards.protocols import Answer
-from argrpo.rewards.reference_images import scattered, with_references
+from argrpo.rewards.reference_images import have_reference, scattered, with_references
 from argrpo.rewards.sharing import Residence, SharedNetworks
 
 _BACKBONES = {  # of torchvision
@@ -36,16 +34,16 @@ class MseReward:
     def __init__(self, *, name: str = "mse") -> None:
         self.name = name
 
+    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN without a reference."""
-        return self.answer(images, prompts).scores
-
-    @torch.no_grad()
-    def answer(self, images: Tensor, prompts: list[Prompt]) -> Answer:
-        """As a call, and tells what does not apply from what failed. Waits for the device."""
         rows, references = with_references(self.name, images, prompts)
         squares = (images[rows].float() - references.float()).square()
-        return _answer(squares.flatten(1).mean(dim=1), rows, len(images))
+        return scattered(squares.flatten(1).mean(dim=1), rows, len(images))
+
+    def applies(self, prompts: list[Prompt]) -> list[bool]:
+        """Where there is a reference."""
+        return have_reference(prompts)
 
 
 class LpipsReward:
@@ -97,13 +95,9 @@ class LpipsReward:
         key = (LpipsReward, net, file, device, offload)
         self._network, self._residence = (shared or SharedNetworks()).once(key, load)
 
+    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN without a reference."""
-        return self.answer(images, prompts).scores
-
-    @torch.no_grad()
-    def answer(self, images: Tensor, prompts: list[Prompt]) -> Answer:
-        """As a call, and tells what does not apply from what failed. Waits for the device."""
         images = images.to(self._device).float()
         rows, references = with_references(self.name, images, prompts)
         self._residence.wake()
@@ -114,16 +108,15 @@ class LpipsReward:
         )
         # The network wants pixels in [-1, 1], which `normalize` makes of [0, 1].
         parts = [self._network(a, b, normalize=True).flatten() for a, b in pairs if len(a)]
-        return _answer(torch.cat([images.new_empty(0), *parts]), rows, len(images))
+        return scattered(torch.cat([images.new_empty(0), *parts]), rows, len(images))
+
+    def applies(self, prompts: list[Prompt]) -> list[bool]:
+        """Where there is a reference."""
+        return have_reference(prompts)
 
     def rest(self) -> None:
         """Off the device until it is asked again, with the option offload."""
         self._residence.rest()
-
-
-def _answer(distances: Tensor, rows: Tensor, count: int) -> Answer:
-    """[M] distances of `rows` among `count` images; a failure is NaN beside a reference."""
-    return replace(Answer.of(distances), scores=scattered(distances, rows, count))
 
 
 def _network(net: str, backbone: str, place: str) -> Any:

@@ -2,7 +2,8 @@
 
 The scores are pyiqa's own, whichever direction is better: give a metric of which less is better
 (niqe, lpips) a negative weight. Metrics with a reference compare with the prompt's reference image;
-images without one are not scored. MANIQA is quicker as `maniqa`, see rewards/maniqa.py.
+images without one are not scored, which is no failure. MANIQA is quicker as `maniqa`, see
+rewards/maniqa.py.
 
 Source: chaofengc/IQA-PyTorch at 01ae427.
 """
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from argrpo.data import Prompt
 from argrpo.model_paths import named_within
 from argrpo.rewards.pyiqa_networks import build_metric
-from argrpo.rewards.reference_images import scattered, with_references
+from argrpo.rewards.reference_images import have_reference, scattered, with_references
 from argrpo.rewards.sharing import ImageMemo, Residence, SharedNetworks
 
 
@@ -69,6 +70,12 @@ class IqaReward:
         rows, references = with_references(self.name, images, prompts)
         compared = self._loaded.compare(images[rows], references, self.reward_batch)
         return scattered(compared, rows, len(images))
+
+    def applies(self, prompts: list[Prompt]) -> list[bool]:
+        """Where there is a reference, if it compares with one."""
+        if not self._loaded.needs_reference:
+            return [True] * len(prompts)
+        return have_reference(prompts)
 
     def rest(self) -> None:
         """Off the device until it is asked again, with the option offload."""

@@ -19,6 +19,7 @@ from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.protocols import (
     Answer,
     Answering,
+    Applying,
     Batched,
     DistributionReward,
     RemoteReward,
@@ -79,6 +80,7 @@ class LocalLane:
         self.stretches = Stretches(judge, num_images)
         self._ranges = ranges
         self._answers: list[Answer] = []
+        self._applies: list[bool] = []  # by image, where the judge knows
         self._calls = _CallClock()
 
     def take(self, images: Tensor, prompts: list[Prompt]) -> None:
@@ -99,6 +101,8 @@ class LocalLane:
             ) from error
         check_shape(judge, answer, len(prompts))
         self._answers.append(answer)
+        if isinstance(judge, Applying):
+            self._applies += judge.applies(prompts)
 
     def outcome(self) -> Outcome:
         """Waits for the device."""
@@ -107,7 +111,8 @@ class LocalLane:
         if isinstance(self.judge, Resting):
             self.judge.rest()
         if not isinstance(self.judge, Answering):
-            answer = Answer.of(answer.scores)
+            applies = torch.tensor(self._applies) if self._applies else None
+            answer = Answer.of(answer.scores, applies)
         answer = answer.without_infinity()
         seconds, peak = self._calls.seconds(), self._calls.peak_bytes
         return Outcome(self.judge.name, answer, seconds, self.stretches.size, peak)

@@ -66,9 +66,16 @@ class Answer:
         return cls(torch.full((count,), torch.nan), count, num_retries, problem)
 
     @classmethod
-    def of(cls, scores: Tensor) -> "Answer":
-        """Scores as they are; each NaN is a failure. Waits for the device."""
-        failures = int(scores.isnan().sum())
+    def of(cls, scores: Tensor, applies: Tensor | None = None) -> "Answer":
+        """Scores as they are; each NaN is a failure, but for images that the judge does not apply
+        to. Waits for the device.
+
+        Args:
+            scores: [n], NaN = not scored.
+            applies: [n] bool on the CPU; None: to all.
+        """
+        failed = scores.isnan().cpu()
+        failures = int((failed if applies is None else failed & applies).sum())
         problem = f"NaN for {failures} of {len(scores)} images" if failures else None
         return cls(scores, failures, 0, problem)
 
@@ -105,6 +112,15 @@ class Answering(Protocol):
 
     def answer(self, images: Tensor, prompts: list[Prompt]) -> Answer:
         """As a call."""
+        ...
+
+
+@runtime_checkable
+class Applying(Protocol):
+    """A `Reward` that does not apply to some prompts, as is known without their images."""
+
+    def applies(self, prompts: list[Prompt]) -> list[bool]:
+        """Whether it should score an image of each prompt."""
         ...
 
 

@@ -33,6 +33,7 @@ from argrpo.rewards.lanes import Judge
 from argrpo.rewards.protocols import (
     Answer,
     Answering,
+    Applying,
     Closing,
     ContextReward,
     Delivering,
@@ -72,6 +73,8 @@ def quantized(judge: Judge, steps: Steps, name: str) -> Judge:
         return QuantizedContextReward(judge, steps, name)
     if isinstance(judge, Answering):
         return QuantizedAnsweringReward(judge, steps, name)
+    if isinstance(judge, Applying):
+        return QuantizedApplyingReward(judge, steps, name)
     return QuantizedReward(judge, steps, name)
 
 
@@ -106,6 +109,15 @@ class QuantizedReward(_Quantized[Reward]):
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN = not scored."""
         return self._steps(self._judge(images, prompts))
+
+
+class QuantizedApplyingReward(QuantizedReward):
+    """A judge that does not apply to some prompts."""
+
+    def applies(self, prompts: list[Prompt]) -> list[bool]:
+        """As the judge."""
+        assert isinstance(self._judge, Applying)
+        return self._judge.applies(prompts)
 
 
 class QuantizedAnsweringReward(QuantizedReward):

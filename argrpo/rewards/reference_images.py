@@ -36,6 +36,11 @@ def with_references(name: str, images: Tensor, prompts: list[Prompt]) -> tuple[T
     return torch.tensor(rows, dtype=torch.int64, device=images.device), stacked
 
 
+def have_reference(prompts: list[Prompt]) -> list[bool]:
+    """Whether each prompt has a reference image: elsewhere a judge by distance does not apply."""
+    return [prompt.reference_image is not None for prompt in prompts]
+
+
 def scattered(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """[M] values of `rows` among `count` images -> [N] fp32, NaN for the others."""
     scores = torch.full((count,), torch.nan, device=values.device)

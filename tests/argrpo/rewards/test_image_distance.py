@@ -8,6 +8,7 @@ from argrpo.data import Prompt
 from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.image_distance import LpipsReward, MseReward
 from argrpo.rewards.pool import Asking, Scoring
+from argrpo.rewards.quantize import StepMap, quantized
 
 _CPU = torch.device("cpu")
 
@@ -59,9 +60,13 @@ def test_only_an_image_beside_a_reference_can_fail(backbone) -> None:
         answer = scoring.finish()[0].answer
         assert answer.scores.isnan().tolist() == [False, True, True]
         assert answer.num_failures == 1
-        nowhere = judge.answer(images, [Prompt("a")] * 3)
-        assert nowhere.scores.isnan().all()
-        assert (nowhere.num_failures, nowhere.problem) == (0, None)
+        stepped = quantized(judge, StepMap([0.5], [1.0, 0.0]), "steps")
+        for asked in (judge, stepped):
+            nowhere = Scoring([asked], [Prompt("a")] * 3, Asking(loop, 1.0))
+            nowhere.add(images)
+            answer = nowhere.finish()[0].answer
+            assert answer.scores.isnan().all()
+            assert (answer.num_failures, answer.problem) == (0, None)
 
 
 def test_lpips_is_its_formula(backbone) -> None:

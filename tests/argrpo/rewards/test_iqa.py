@@ -53,7 +53,11 @@ def test_a_metric_of_no_weights_needs_no_file() -> None:
 def test_a_metric_with_a_reference_compares_with_the_prompts_and_scores_no_other() -> None:
     images, reference = torch.rand(3, 3, 32, 32), torch.rand(3, 32, 32)
     prompts = [Prompt("a"), Prompt("a", reference_image=reference), Prompt("a")]
-    scores = _make("iqa:psnr", settings={"test_y_channel": False})(images, prompts)
+    judge = _make("iqa:psnr", settings={"test_y_channel": False})
+    scores = judge(images, prompts)
+    # The others are no failures; of a metric without a reference all images are to be scored.
+    assert judge.applies(prompts) == [False, True, False]
+    assert _make("iqa:entropy").applies(prompts) == [True] * 3
     assert scores.isnan().tolist() == [True, False, True]
     mse = (images[1] - reference).square().mean()
     torch.testing.assert_close(scores[1], -10 * mse.log10(), atol=1e-4, rtol=0)
