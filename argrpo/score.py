@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from argrpo.advantages import combine_rewards
+from argrpo.data import Prompt
 from argrpo.devices import choose_device
 from argrpo.image_folder import Picture, list_images, read_batches, with_prompts
 from argrpo.progress import Report, unreported
@@ -27,7 +28,7 @@ from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.failure_watch import JudgesUnavailableError
 from argrpo.rewards.lanes import Judge, Outcome
 from argrpo.rewards.pool import Asking, Scoring
-from argrpo.rewards.protocols import Answer, DistributionReward
+from argrpo.rewards.protocols import Answer, Applying, DistributionReward
 from argrpo.rewards.registry import make_reward
 from argrpo.rewards.sharing import SharedNetworks
 from argrpo.run_folder import RunFolder, write_atomically
@@ -102,7 +103,7 @@ def prepare_scoring(config: ScoreConfig) -> Callable[[Report], Path]:
     pictures = with_prompts(list_images(folder), folder, prompts)
     device, shared = choose_device(config.device), SharedNetworks()
     judges = [make_reward(reward, device, config.cache_dir, shared) for reward in config.rewards]
-    _check_judges(judges)
+    _check_judges(judges, [picture.prompt for picture in pictures])
     weights = torch.tensor([reward.weight for reward in config.rewards])
     wanted = config.output_dir
     output = RunFolder.numbered(_DEFAULT_FOLDER) if wanted is None else RunFolder.create(wanted)
@@ -185,8 +186,13 @@ def _joined(parts: Sequence[Outcome]) -> Outcome:
     )
 
 
-def _check_judges(judges: list[Judge]) -> None:
+def _check_judges(judges: list[Judge], prompts: list[Prompt]) -> None:
     for judge in judges:
+        if isinstance(judge, Applying) and not any(judge.applies(prompts)):
+            raise ValueError(
+                f"rewards: expected judges of images by themselves, got {judge.name}, which compares "
+                "with the reference image of a prompt"
+            )
         if isinstance(judge, DistributionReward):
             raise ValueError(
                 f"rewards: expected judges that score images one by one, got {judge.name}"

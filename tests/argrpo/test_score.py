@@ -161,6 +161,7 @@ def test_batches_hold_pictures_of_one_size_in_order(folder: Path) -> None:
         (["--rewards", "score_judges:redness", "--images", "empty"], "images: expected pictures"),
         (["--rewards", "score_judges:redness", "--batch", "0"], "batch: expected at least 1"),
         (["--rewards", "score_judges:redness", "score_judges:redness"], "a column of its own"),
+        (["--rewards", "score_judges:redness", "mse"], "of images by themselves, got mse, which"),
         (["--rewards", '[{"name":"score_judges:redness","weight":0}]'], "a weight that is not 0"),
         ([], "rewards: expected a value, got none"),
     ],
