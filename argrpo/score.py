@@ -190,8 +190,8 @@ def _check_judges(judges: list[Judge], prompts: list[Prompt]) -> None:
     for judge in judges:
         if isinstance(judge, Applying) and not any(judge.applies(prompts)):
             raise ValueError(
-                f"rewards: expected judges of images by themselves, got {judge.name}, which compares "
-                "with the reference image of a prompt"
+                f"rewards: expected judges of images by themselves, got {judge.name}, which "
+                "compares with the reference image of a prompt"
             )
         if isinstance(judge, DistributionReward):
             raise ValueError(
