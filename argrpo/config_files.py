@@ -6,6 +6,7 @@ clear line for what is wrong, and lists as people type them.
 
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from argrpo.config_shapes import check_file, check_words
 
 _CONFIG = "--config"
 
@@ -29,6 +32,8 @@ _UNKNOWN = (
     r"Parser key \"(.+?)\":.*Option '(.+?)' is not accepted",
     r"Option '(.+?)' is not accepted",
 )
+
+_NO_NUMBERS = ("nan", "inf", "infinity", ".nan", ".inf")
 
 Config = TypeVar("Config")
 
@@ -66,9 +71,12 @@ def parse_config(
         help="YAML file, or the name of a preset; flags behind it change single settings.",
     )
     parser.add_class_arguments(kind, None)
-    joined = _with_joined_lists(arguments, lists)
+    words = _with_presets(_with_joined_lists(arguments, lists))
+    for path in _config_paths(words):
+        check_file(path, kind)
+    check_words(words, kind)
     try:
-        parsed = parser.parse_args(_with_presets(joined))
+        parsed = parser.parse_args(words)
     except ArgumentError as error:
         raise ValueError(_in_one_line(str(error), _flags(parser))) from error
     return _built(kind, parsed, "")
@@ -142,6 +150,12 @@ def _with_presets(arguments: Sequence[str]) -> list[str]:
         else:
             found.append(argument)
     return found
+
+
+def _config_paths(words: Sequence[str]) -> list[Path]:
+    """The files that --config names, in order."""
+    behind = [Path(after) for word, after in itertools.pairwise(words) if word == _CONFIG]
+    return behind + [Path(w.partition("=")[2]) for w in words if w.startswith(f"{_CONFIG}=")]
 
 
 def _with_joined_lists(arguments: Sequence[str], lists: Mapping[str, str | None]) -> list[str]:
@@ -219,6 +233,8 @@ def _value(text: str) -> str:
         value = text.rpartition("Given value: ")[2]
         return f"expected {_type_names(match[1]).replace(', ', ' or ')}, got {value}"
     if match := re.search(r"Expected an? (.+?)\. Got value: (.*?)(?= - Expected|$)", text):
+        if "float" in match[1] and match[2].strip("+-").lower() in _NO_NUMBERS:
+            return f"expected a finite number, got {match[2]}"
         return f"expected {_type_names(match[1])}, got {match[2]}"
     return text
 
