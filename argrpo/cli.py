@@ -17,7 +17,18 @@ from typing import NamedTuple
 from rich.console import Console
 
 import argrpo
-from argrpo.exit_codes import BUG, DONE, MACHINE, PREEMPTED, STOPPED, WRONG_INPUT, exit_code
+from argrpo.command_words import CommandWords
+from argrpo.exit_codes import (
+    BUG,
+    DONE,
+    MACHINE,
+    PREEMPTED,
+    STOPPED,
+    WRONG_INPUT,
+    exit_code,
+    line_of,
+)
+from argrpo.warning_lines import WarningLines
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of each process that it starts
 
@@ -30,14 +41,6 @@ class _Command(NamedTuple):
     on_ranks: bool = False  # whether the processes that torchrun starts do it together
 
 
-class _WarningLines(logging.Handler):
-    """One plain line a warning; standard error is looked up late, because a progress bar stands in
-    for it while it runs."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(f"argrpo: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
@@ -48,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = _top_parser().parse_args(argv)
     except SystemExit as stop:
         return _code_of(stop)
-    logging.basicConfig(level=logging.WARNING, handlers=[_WarningLines()])
+    except ValueError as error:
+        return _told(str(error), WRONG_INPUT)
+    logging.basicConfig(level=logging.WARNING, handlers=[WarningLines()])
     if _TORCHRUN in os.environ:
         return _run_on_ranks(chosen)
     return _run(chosen)
@@ -88,13 +93,13 @@ def _run(chosen: argparse.Namespace) -> int:
         code = exit_code(error, is_running)
         if code == BUG or chosen.traceback:
             raise
-        return _failed(" ".join(str(error).split()), code)
+        return _failed(line_of(error), code)
     return DONE
 
 
-def _top_parser() -> argparse.ArgumentParser:
+def _top_parser() -> CommandWords:
     listing = "\n".join(f"  {name:<8} {command.help}" for name, command in _COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandWords(
         prog="argrpo",
         usage="argrpo [--version] [--traceback] COMMAND ...",
         description="Fine-tune autoregressive image models with GRPO.",
@@ -216,7 +221,7 @@ def _eval(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     from argrpo.report import write_report
 
-    parser = argparse.ArgumentParser(
+    parser = CommandWords(
         prog="argrpo report",
         description="One HTML file about a run, readable without a network.",
         allow_abbrev=False,
@@ -230,7 +235,7 @@ def _report(arguments: list[str]) -> None:
 def _doctor(arguments: list[str]) -> None:
     from argrpo.doctor import examine, show
 
-    parser = argparse.ArgumentParser(
+    parser = CommandWords(
         prog="argrpo doctor",
         description="What is installed here, what will be used, and why.",
         allow_abbrev=False,

@@ -3,6 +3,7 @@
 import argparse
 from typing import NamedTuple
 
+from argrpo.command_words import CommandWords
 from argrpo.convert import FORMS, ReadOptions
 
 
@@ -18,12 +19,13 @@ def parse_convert(arguments: list[str]) -> ConvertCommand:
     """The words behind `argrpo convert`.
 
     Raises:
-        SystemExit: help was asked for, or a word is none of the command's.
+        SystemExit: help was asked for.
+        ValueError: a word is none of the command's.
     """
     listing = "\n".join(
         f"  {name:<20} {' '.join(form.arguments):<22} {form.help}" for name, form in FORMS.items()
     )
-    parser = argparse.ArgumentParser(
+    parser = CommandWords(
         prog="argrpo convert",
         usage="argrpo convert FORM PATH ... [--setting value]",
         description="Write a model in the form that another code reads, or read taming's form.",

@@ -12,8 +12,22 @@ Exit codes:
     143  a training was stopped by a signal, and is saved
 """
 
+import re
+
 DONE, BUG, WRONG_INPUT, NO_JUDGE, NOT_FINITE, MACHINE = 0, 1, 2, 69, 70, 74
 STOPPED, PREEMPTED = 130, 143  # 124 and a second signal's 130 end the process where they happen
+
+
+# What PyTorch raises on a CPU is a RuntimeError that says so.
+_CPU_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+
+
+def line_of(error: Exception) -> str:
+    """What an error says, in one line."""
+    wanted = _CPU_MEMORY.search(str(error))
+    if wanted is None:
+        return " ".join(str(error).split())
+    return f"memory: expected room for {int(wanted[1]):,} bytes more, got none; ask for less"
 
 
 def exit_code(error: Exception, is_running: bool) -> int:
@@ -34,6 +48,8 @@ def exit_code(error: Exception, is_running: bool) -> int:
     if isinstance(error, JudgesUnavailableError):
         return NO_JUDGE
     if isinstance(error, StorageError | torch.OutOfMemoryError | MemoryError):
+        return MACHINE
+    if isinstance(error, RuntimeError) and _CPU_MEMORY.search(str(error)):
         return MACHINE
     if isinstance(error, UnreadableImageError):
         return WRONG_INPUT

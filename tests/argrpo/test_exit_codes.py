@@ -33,6 +33,16 @@ def in_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
+def test_more_than_fits_into_memory_is_the_machines_fault(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--policy", models / "policy", "--tokenizer", models / "tokenizer", "--labels", "3"]
+    words += ["--output_dir", tmp_path / "out", "--num_images_per_prompt", "100000000000000"]
+    line = refusal(capsys, 74, "sample", *words)
+    assert line.startswith("memory: expected room for 800,000,000,000,000 bytes more, got none")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_disk_that_fills_up_is_the_machines_fault_and_leaves_nothing(
     models: Path,
     tmp_path: Path,
@@ -117,7 +127,7 @@ def test_ctrl_c_is_a_short_message(
 
 
 def test_the_exit_codes_of_the_documentation_are_those_of_the_code() -> None:
-    named = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
+    named = {name: code for name, code in vars(exit_codes).items() if name[0].isupper()}
     codes = {*named.values(), 124}
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for code in codes:
