@@ -104,7 +104,7 @@ def load_prompts(config: DataConfig) -> PromptSet:
         FileNotFoundError: a file is missing.
     """
     if config.text_features is not None:
-        return _load_text_features(Path(config.text_features))
+        return load_text_features(Path(config.text_features), "data.text_features")
     if config.prompts is not None:
         with blamed_on("data.prompts"):
             rows = read_rows(config.prompts, column=config.prompt_column, split=config.prompt_split)
@@ -122,11 +122,21 @@ def _label(prompt: Prompt) -> int:
     return prompt.class_id
 
 
-def _load_text_features(path: Path) -> PromptSet:
+def load_text_features(path: Path, setting: str) -> PromptSet:
+    """Prompts that came encoded.
+
+    Args:
+        path: a safetensors file with features [P, L, C], mask [P, L] and the prompts.
+        setting: which one the path comes from, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks something; named.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"data.text_features: expected a file, got {path}")
+        raise FileNotFoundError(f"{setting}: expected a file, got {path}")
     wanted = (
-        "data.text_features: expected a safetensors file with features [P, L, C], mask [P, L] and "
+        f"{setting}: expected a safetensors file with features [P, L, C], mask [P, L] and "
         f"prompts, a JSON list of P strings, in its metadata; got {path}"
     )
     try:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from argrpo.devices import DTYPES, choose_device
+from argrpo.devices import choose_device, choose_dtype
 from argrpo.draw_seeds import draw_seeds
 from argrpo.encoded_texts import TextLayout
 from argrpo.engine.conditions import Conditions
@@ -27,6 +27,7 @@ from argrpo.models.loading import holds_tokenizer, load_policy, load_tokenizer
 from argrpo.models.pairing import check_guidance, check_pair
 from argrpo.models.text_layout import text_layout
 from argrpo.models.vq import VQTokenizer
+from argrpo.pipeline_arguments import texts_of, whole_labels
 from argrpo.pixels import to_uint8
 from argrpo.run_prompts import encode_texts
 from argrpo.sample_prompts import labels_of
@@ -144,7 +145,7 @@ class ImagePipeline:
             downsample=downsample,
             text_padding=text_padding,
             device=where,
-            dtype=DTYPES[dtype],
+            dtype=choose_dtype(dtype),
         )
         layout = text_layout(source, text_padding=policy.config.text_padding)
         texts = None
@@ -156,7 +157,7 @@ class ImagePipeline:
             raise ValueError(
                 f"text_encoder: expected None for a policy of classes, got {text_encoder}"
             )
-        codebook = load_tokenizer(codes, device=where, dtype=DTYPES[dtype])
+        codebook = load_tokenizer(codes, device=where, dtype=choose_dtype(dtype))
         return cls(policy, codebook, max_slots=max_slots, texts=texts)
 
     def to(self, device: str | torch.device) -> Self:
@@ -243,15 +244,15 @@ class ImagePipeline:
                 f"{wanted}: expected by this policy and nothing beside it, got "
                 f"{' and '.join(given) or 'nothing'}"
             )
-        if repeats < 1:
-            raise ValueError(f"num_images_per_prompt: expected at least 1, got {repeats}")
+        if repeats < 1 or repeats != int(repeats):
+            raise ValueError(
+                f"num_images_per_prompt: expected a whole number of at least 1, got {repeats}"
+            )
         if self._texts is None:
-            labels = _whole_labels(class_labels)
+            labels = whole_labels(class_labels)
             return labels.repeat_interleave(repeats), len(labels) * repeats
         assert prompt is not None
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not texts:
-            raise ValueError("prompt: expected at least one text, got none")
+        texts = texts_of(prompt)
         encoded = encode_texts(
             texts,
             self._texts.config,
@@ -273,20 +274,6 @@ class ImagePipeline:
         if output_type == "np":
             return rows.numpy()
         return [Image.fromarray(row) for row in to_uint8(rows).numpy()]
-
-
-def _whole_labels(class_labels: object) -> Tensor:
-    """[n] int64, n at least 1; ValueError for anything that is no whole number."""
-    try:
-        labels = torch.as_tensor(class_labels).flatten().cpu()
-    except (ValueError, TypeError, RuntimeError):  # of texts, None and objects
-        labels = torch.empty(0)
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise ValueError(
-            f"class_labels: expected one or more whole numbers, got {class_labels!r}; "
-            "get_label_ids finds those of names"
-        )
-    return labels.long()
 
 
 def _fetched(name: str | Path, cache_dir: str | None) -> Path:

@@ -169,6 +169,8 @@ def _data_set(source: str, split: str) -> Iterator[Row]:
         raise ValueError(
             f"{source}: expected the package datasets for it, got none; pip install 'argrpo[text]'"
         ) from error
+    if source == _HUB:
+        raise ValueError("expected hub:NAME, as hub:me/prompts, got hub: without a name")
     try:
         if source.startswith(_HUB):
             found = datasets.load_dataset(source.removeprefix(_HUB), split=split)

@@ -1,13 +1,14 @@
 """What `argrpo sample` draws for, labels, class names or texts, and how the files are called."""
 
 import difflib
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from argrpo.class_names import class_names
-from argrpo.data import Prompt, PromptSet, load_prompts
-from argrpo.data_config import ClassNames, DataConfig
+from argrpo.data import Prompt, PromptSet, load_text_features
+from argrpo.data_config import ClassNames
 from argrpo.devices import choose_device
 from argrpo.engine.conditions import Conditions
 from argrpo.model_paths import blamed_on, resolve_path
@@ -58,7 +59,7 @@ def labels_of(names: list[str], source: ClassNames) -> list[int]:
 
 def _encoded(config: SampleConfig, report: Report) -> PromptSet:
     if config.text_features is not None:
-        return load_prompts(DataConfig(text_features=config.text_features))
+        return load_text_features(Path(config.text_features), "text_features")
     with blamed_on("policy"):
         path = resolve_path(config.policy, config.cache_dir)
         layout = text_layout(path, text_padding=config.text_padding)

@@ -16,6 +16,7 @@ from argrpo.devices import choose_device
 from argrpo.drawing_models import load_models
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.image_files import save_grid, save_image
+from argrpo.models.image_policy import ImagePolicy
 from argrpo.models.pairing import check_guidance
 from argrpo.progress import Report, unreported
 from argrpo.run_folder import RunFolder, storage_error, write_atomically
@@ -41,18 +42,19 @@ def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
         FileNotFoundError: a path is not there.
         StorageError: the disk is full or refused.
     """
-    # Before the models, so that an encoder of texts is gone when they come.
-    wanted = wanted_images(config, report)
-    policy, tokenizer = load_models(
-        config, config.policy, choose_device(config.device), setting="policy"
-    )
-    check_guidance(policy, "guidance_scale", config.guidance_scale)
-    policy.check_conditions(wanted.conditions)
-    num_images = len(wanted.names) * config.num_images_per_prompt
-    engine = RolloutEngine(policy, max_slots=config.max_slots or min(_SLOTS, num_images))
-    # Made before the draw, so that a folder that cannot be written is known at once.
+    # Made first, so that one that cannot be written is known before minutes of loading.
     folder = _folder(config)
     try:
+        # Before the models, so that an encoder of texts is gone when they come.
+        wanted = wanted_images(config, report)
+        policy, tokenizer = load_models(
+            config, config.policy, choose_device(config.device), setting="policy"
+        )
+        check_guidance(policy, "guidance_scale", config.guidance_scale)
+        _check_kind(config, policy)
+        policy.check_conditions(wanted.conditions)
+        num_images = len(wanted.names) * config.num_images_per_prompt
+        engine = RolloutEngine(policy, max_slots=config.max_slots or min(_SLOTS, num_images))
         with _whole_or_nothing(folder.path) as draft:
             files = _Files(draft, wanted, config.num_images_per_prompt)
             report("images", 0, num_images)
@@ -70,6 +72,22 @@ def draw_samples(config: SampleConfig, report: Report = unreported) -> Path:
     finally:
         folder.discard_if_empty()
     return folder.path
+
+
+def _check_kind(config: SampleConfig, policy: ImagePolicy) -> None:
+    """Refuse labels for a policy of texts and features of texts for one of classes."""
+    if policy.config.model_type == "t2i":
+        if config.labels is not None or config.names is not None:
+            given = "labels" if config.labels is not None else "names"
+            raise ValueError(
+                f"{given}: expected prompts or prompts_file for {config.policy}, which reads "
+                f"texts, got {given}"
+            )
+    elif config.text_features is not None:
+        raise ValueError(
+            f"text_features: expected labels or names for {config.policy}, which reads no texts, "
+            "got text_features"
+        )
 
 
 def _folder(config: SampleConfig) -> RunFolder:

@@ -36,7 +36,7 @@ class SamplingParams:
             raise ValueError(
                 f"temperature: expected a finite number of at least 0, got {self.temperature}"
             )
-        if self.top_k < 0:
+        if self.top_k < 0 or self.top_k != int(self.top_k):
             raise ValueError(f"top_k: expected an integer of at least 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")

@@ -28,6 +28,7 @@ from argrpo.models.residual_stack import run_stack
 from argrpo.models.rotary import grid_rotary_table
 from argrpo.models.scoring import drawn_logits, drawn_logprobs
 from argrpo.models.training_attention import whole_image_hidden
+from argrpo.setting_checks import at_least
 
 _INIT_STD = 0.02
 
@@ -55,7 +56,8 @@ class LlamaGenConfig:
     rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
-        if self.dim % self.num_heads or self.head_dim % 4:
+        at_least("downsample", self.downsample, 1)
+        if self.num_heads < 1 or self.dim % self.num_heads or self.head_dim % 4:
             raise ValueError(
                 "num_heads: expected a divisor of dim with a head size divisible by 4 "
                 f"(a 2-D rotary embedding), got {self.num_heads} heads for dim {self.dim}"

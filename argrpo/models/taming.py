@@ -29,6 +29,7 @@ from argrpo.models.hub import HubPolicy
 from argrpo.models.residual_stack import run_stack
 from argrpo.models.scoring import drawn_logits, drawn_logprobs
 from argrpo.models.training_attention import whole_image_hidden
+from argrpo.setting_checks import at_least
 
 _INIT_STD = 0.02
 _NORM_EPS = 1e-5  # PyTorch's default, which minGPT takes
@@ -51,7 +52,8 @@ class TamingConfig:
     """Learned positions: the class and all image tokens that are fed, or more."""
 
     def __post_init__(self) -> None:
-        if self.dim % self.num_heads or self.head_dim % 2:
+        at_least("downsample", self.downsample, 1)
+        if self.num_heads < 1 or self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 "num_heads: expected a divisor of dim with an even head size, "
                 f"got {self.num_heads} heads for dim {self.dim}"

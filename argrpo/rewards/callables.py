@@ -37,6 +37,8 @@ from argrpo.rewards.protocols import Answer, Logged, StepContext
 
 Function = Callable[..., Any]
 
+_SHOWN = 80  # characters of what a function returned in a message
+
 
 class TrainerState(NamedTuple):
     """What of transformers.TrainerState means something here."""
@@ -66,7 +68,7 @@ class FunctionReward:
 
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32."""
-        return torch.as_tensor(self._function(images, prompts), dtype=torch.float32)
+        return _scores(self.name, self._function(images, prompts))
 
 
 class AsyncFunctionReward:
@@ -81,7 +83,7 @@ class AsyncFunctionReward:
     async def ask(self, images: Tensor, prompts: list[Prompt]) -> Answer:
         """One call."""
         found = await self._function(images, prompts)
-        return Answer.of(torch.as_tensor(found, dtype=torch.float32))
+        return Answer.of(_scores(self.name, found))
 
 
 class _TrlCall:
@@ -120,11 +122,26 @@ class _TrlCall:
         return found if self._takes_any else {k: v for k, v in found.items() if k in named}
 
     def _answer(self, returned: Any, logged: Logged) -> Answer:
-        values = [value if value is None else float(value) for value in returned]
+        try:
+            values = [value if value is None else float(value) for value in returned]
+        except (TypeError, ValueError) as error:
+            raise _no_numbers(self.name, returned) from error
         scores = torch.tensor([torch.nan if value is None else value for value in values])
         failures = sum(value is not None and value != value for value in values)
         problem = f"NaN for {failures} of {len(values)} images" if failures else None
         return Answer(scores, failures, 0, problem, logged)
+
+
+def _scores(name: str, returned: Any) -> Tensor:
+    try:
+        return torch.as_tensor(returned, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _no_numbers(name, returned) from error
+
+
+def _no_numbers(name: str, returned: object) -> ValueError:
+    shown = repr(returned)[:_SHOWN]
+    return ValueError(f"rewards.{name}: expected a number for each image, got {shown}")
 
 
 def _log(table: dict[str, list[Any]], name: str, values: list[Any]) -> None:

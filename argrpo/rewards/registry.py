@@ -117,8 +117,11 @@ def _load(name: str) -> Callable[..., Any]:
     module, _, attribute = REWARDS.get(name, name).partition(":")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    # ValueError: of a module without a name.
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"rewards.name: cannot load {name!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"rewards.name: expected a function or a class, got {name} = {found!r}")
     return found
 
 

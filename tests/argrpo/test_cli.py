@@ -122,6 +122,12 @@ def test_a_missing_config_file_is_answered_with_the_presets(
         ("pickle.pt", [], "pickle.pt: expected a torch or safetensors checkpoint"),
         ("policy.pt", ["--num_heads", "2"], "image_size"),
         ("policy.pt", ["--image_size", "16", "--downsample", "4"], "num_heads"),
+        ("policy.pt", ["--image_size", "16", "--num_heads", "0"], "num_heads: expected a divisor"),
+        (
+            "policy.pt",
+            ["--num_heads", "2", "--image_size", "16", "--downsample", "0"],
+            "downsample",
+        ),
         ("policy", ["--image_size", "24"], "image_size: expected 16"),
         ("policy", ["--labels", "1000"], "labels: expected 0 to 9, got 1000"),
         ("policy", ["--labels", "-1"], "labels: expected 0 to 9, got -1"),

@@ -143,8 +143,18 @@ def test_texts_are_drawn_by_the_encoder_that_is_named(
     assert not torch.equal(both.images[1], both.images[3]), "the text decides"
     with pytest.raises(ValueError, match="prompt: expected by this policy and nothing beside it"):
         pipe(class_labels=[1])
-    with pytest.raises(ValueError, match="prompt: expected at least one text, got none"):
+    with pytest.raises(ValueError, match="prompt: expected a text or a list of texts, got "):
         pipe(prompt=[])
+    with pytest.raises(ValueError, match="prompt: expected texts, got 7 among them"):
+        pipe(prompt=["a seven", 7])
+    with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16, got 'float16'"):
+        ImagePipeline.from_pretrained(
+            models / "texts", tokenizer=models / "tokenizer", dtype="float16"
+        )
+    with pytest.raises(ValueError, match="device: expected auto, cpu or cuda, got 'tpu'"):
+        ImagePipeline.from_pretrained(
+            models / "texts", tokenizer=models / "tokenizer", device="tpu"
+        )
     pipe = ImagePipeline.from_pretrained(models / "texts", tokenizer=models / "tokenizer")
     with pytest.raises(ValueError, match=r"text_encoder\.path: expected the encoder"):
         pipe(prompt="a seven")
@@ -187,6 +197,11 @@ def test_an_argrpo_folder_holds_all_that_is_needed() -> None:
         ({"class_labels": [1], "top_p": 0.0}, "top_p: expected"),
         ({"class_labels": [1.5]}, r"class_labels: expected one or more whole numbers, got \[1.5\]"),
         ({"class_labels": ["seven"]}, r"class_labels: expected .* get_label_ids finds those of"),
+        (
+            {"class_labels": [1], "num_images_per_prompt": 1.5},
+            "num_images_per_prompt: expected a wh",
+        ),
+        ({"class_labels": [1], "top_k": 1.5}, "top_k: expected an integer of at least 0, got 1.5"),
         ({"class_labels": []}, r"class_labels: expected one or more whole numbers, got \[\]"),
         ({"class_labels": [1], "seed": 1, "generator": torch.Generator()}, "generator: expected"),
     ],

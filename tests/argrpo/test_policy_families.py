@@ -182,7 +182,8 @@ def test_the_commands_take_a_converted_policy(
     words += ["--num_images_per_prompt", "2", "--output_dir", str(drawn)]
     assert main(["sample", *words]) == DONE
     assert len(list(drawn.glob("0*.png"))) == 4
-    assert main(["sample", *words, "--guidance_scale", "2"]) == WRONG_INPUT
+    words += ["--guidance_scale", "2", "--output_dir", str(tmp_path / "guided")]
+    assert main(["sample", *words]) == WRONG_INPUT
     assert "guidance_scale: expected 1, because this policy" in capsys.readouterr().err
 
 

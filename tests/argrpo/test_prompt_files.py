@@ -102,6 +102,8 @@ def test_a_hub_name_that_cannot_be_had_is_one_clear_line() -> None:
     # The tests run offline, as many machines do.
     with pytest.raises(ValueError, match="hub:no/such: expected a data set with a split train"):
         read_rows("hub:no/such")
+    with pytest.raises(ValueError, match="expected hub:NAME, as hub:me/prompts, got hub: without"):
+        read_rows("hub:")
 
 
 def test_text_stays_as_it_is_and_twice_the_same_are_two(tmp_path: Path) -> None:

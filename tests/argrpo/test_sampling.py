@@ -203,6 +203,25 @@ def test_prompts_for_a_policy_of_classes_are_refused(text: SampleConfig, models:
         draw_samples(replace(text, policy=str(models / "policy")))
 
 
+def test_labels_for_a_policy_of_texts_and_texts_for_one_of_classes_are_refused(
+    text: SampleConfig, config: SampleConfig, models: Path
+) -> None:
+    labels = replace(text, prompts=None, labels=[1])
+    with pytest.raises(ValueError, match=r"^labels: expected prompts or prompts_file for .* reads"):
+        draw_samples(labels)
+    features = replace(config, labels=None, text_features=str(models / "prompts.safetensors"))
+    with pytest.raises(ValueError, match=r"^text_features: expected labels or names for .* no tex"):
+        draw_samples(features)
+    with pytest.raises(FileNotFoundError, match=r"^text_features: expected a file, got missing"):
+        draw_samples(replace(features, text_features="missing"))
+
+
+def test_a_taken_folder_is_refused_before_anything_is_loaded(config: SampleConfig) -> None:
+    draw_samples(config)
+    with pytest.raises(ValueError, match=r"^output_dir: expected a folder without samples"):
+        draw_samples(replace(config, policy="missing.pt"))
+
+
 def test_prompts_without_an_encoder_or_with_another_are_refused(
     text: SampleConfig, models: Path
 ) -> None:

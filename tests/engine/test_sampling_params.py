@@ -14,7 +14,7 @@ from argrpo.engine.sampling_params import SamplingParams
         ("guidance_scale", [0.999, 0.0, -1.0, math.nan, math.inf]),
         ("guidance_interval", [-1]),
         ("temperature", [-1e-9, -1.0, math.nan, math.inf]),
-        ("top_k", [-1]),
+        ("top_k", [-1, 1.5]),
         ("top_p", [0.0, -0.1, 1.5, math.nan]),
     ],
 )

@@ -55,6 +55,23 @@ def test_a_reward_function_of_trl_gets_what_trl_gives_it() -> None:
     assert "images" not in seen, "whoever wants the tensor names it"
 
 
+@pytest.mark.parametrize("returned", [None, ["good", "bad"], object()])
+def test_what_is_no_number_is_shown_with_the_name_of_the_judge(returned: object) -> None:
+    def ours(images: Any, prompts: Any) -> Any:
+        return returned
+
+    async def waited(images: Any, prompts: Any) -> Any:
+        return returned
+
+    said = r"^rewards\.judge: expected a number for each image, got (None|\['good'|<object)"
+    with pytest.raises(ValueError, match=said):
+        function_reward("judge", ours)(_IMAGES, _PROMPTS)
+    with pytest.raises(ValueError, match=said):
+        asyncio.run(function_reward("judge", waited).ask(_IMAGES, _PROMPTS))
+    with pytest.raises(ValueError, match=said):
+        _seen(lambda completions: returned)
+
+
 def test_none_does_not_apply_and_nan_is_a_failure() -> None:
     def reward(completions: Any, **kwargs: Any) -> list[float | None]:
         return [None, float("nan")]

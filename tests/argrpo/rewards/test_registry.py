@@ -50,6 +50,8 @@ def test_a_class_of_your_own_is_built_with_its_options_and_the_device() -> None:
         ("clipp", {}, r"rewards\.name: expected one of .*clip.* or module:function, got 'clipp'"),
         ("no_such_module:f", {}, r"rewards\.name: cannot load 'no_such_module:f'"),
         ("math:no_such_function", {}, r"cannot load 'math:no_such_function'"),
+        (":f", {}, r"rewards\.name: cannot load ':f': Empty module name"),
+        ("math:pi", {}, r"rewards\.name: expected a function or a class, got math:pi = 3\.14"),
         (f"{__name__}:number_of_letters", {"a": 1}, "expected none for a function, got a"),
         (f"{__name__}:Constant", {}, r"options: expected value, got none"),
         (f"{__name__}:Constant", {"value": 1, "valeu": 2}, "expected some of value, device, got"),
