@@ -10,13 +10,14 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from safetensors.torch import save_file
+from small_tokenizer import write_tokenizer
 
 from argrpo import sampling
 from argrpo.encoded_texts import TextLayout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
 from argrpo.models.loading import load_policy, load_tokenizer, save_policy, save_tokenizer
-from argrpo.models.vq import VQConfig, VQTokenizer
+from argrpo.models.vq import VQTokenizer
 from argrpo.pixels import to_uint8
 from argrpo.prompt_encoding import encode_prompts
 from argrpo.run_folder import StorageError
@@ -35,16 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_policy(LlamaGen(LlamaGenConfig(**sizes, **grid, num_classes=10)), folder / "policy")
     text = LlamaGenConfig(**sizes, **grid, model_type="t2i", caption_dim=8, prefix_len=5)
     save_policy(LlamaGen(text), folder / "text_policy")
-    vq = VQConfig(
-        codebook_size=32,
-        codebook_dim=8,
-        z_channels=32,
-        channels=32,
-        encoder_multipliers=(1, 1, 1),
-        decoder_multipliers=(1, 1, 1),
-        num_res_blocks=1,
-    )
-    save_tokenizer(VQTokenizer(vq), folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     features = {"features": torch.randn(3, 5, 8), "mask": torch.ones(3, 5, dtype=torch.int64)}
     prompts = json.dumps(["a cat", "a dog", "a hat"])
     save_file(features, folder / "prompts.safetensors", metadata={"prompts": prompts})

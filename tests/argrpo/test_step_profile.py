@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_tokenizer import write_tokenizer
 from torch import Tensor
 
 from argrpo import nvtx_ranges, step_profile
@@ -29,8 +30,7 @@ from argrpo.data import Prompt
 from argrpo.engine.ranges import no_ranges
 from argrpo.engine.sampling_params import SamplingParams
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
-from argrpo.models.loading import save_policy, save_tokenizer
-from argrpo.models.vq import VQConfig, VQTokenizer
+from argrpo.models.loading import save_policy
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.profile_config import ProfileConfig
 from argrpo.run_folder import RunFolder
@@ -56,16 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 32, "vocab_size": 32}
     grid = {"image_size": 16, "downsample": 4, "num_classes": 10}
     save_policy(LlamaGen(LlamaGenConfig(**sizes, **grid)), folder / "policy")
-    vq = VQConfig(
-        codebook_size=32,
-        codebook_dim=8,
-        z_channels=32,
-        channels=32,
-        encoder_multipliers=(1, 1, 1),
-        decoder_multipliers=(1, 1, 1),
-        num_res_blocks=1,
-    )
-    save_tokenizer(VQTokenizer(vq), folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     return folder
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from small_tokenizer import write_tokenizer
 
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
-from argrpo.models.loading import save_policy, save_tokenizer
-from argrpo.models.vq import VQConfig, VQTokenizer
+from argrpo.models.loading import save_policy
 
 JUDGE = """
 import time
@@ -41,16 +41,7 @@ def config_file(tmp_path: Path) -> Path:
     sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "vocab_size": 32}
     grid = {"image_size": 8, "downsample": 4}
     save_policy(LlamaGen(LlamaGenConfig(**sizes, **grid, num_classes=10)), tmp_path / "policy")
-    vq = VQConfig(
-        codebook_size=32,
-        codebook_dim=8,
-        z_channels=32,
-        channels=32,
-        encoder_multipliers=(1, 1, 1),
-        decoder_multipliers=(1, 1, 1),
-        num_res_blocks=1,
-    )
-    save_tokenizer(VQTokenizer(vq), tmp_path / "tokenizer")
+    write_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "judge_of_the_torchrun_test.py").write_text(JUDGE)
     config = {
         "output_dir": "run",

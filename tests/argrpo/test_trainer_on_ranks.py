@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_tokenizer import write_tokenizer
 from torch import Tensor
 
 import argrpo.sharded_optimizer
@@ -29,8 +30,7 @@ from argrpo.eval_config import EvalConfig
 from argrpo.learner_config import ParityConfig
 from argrpo.model_config import PolicyConfig, TokenizerConfig
 from argrpo.models.llamagen import LlamaGen, LlamaGenConfig
-from argrpo.models.loading import load_policy, save_policy, save_tokenizer
-from argrpo.models.vq import VQConfig, VQTokenizer
+from argrpo.models.loading import load_policy, save_policy
 from argrpo.objective_config import ObjectiveConfig
 from argrpo.optimizer_config import OptimizerConfig
 from argrpo.output_config import OutputConfig
@@ -91,18 +91,7 @@ def models(tmp_path_factory) -> Path:
     sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "vocab_size": 32}
     grid = {"image_size": 8, "downsample": 4}
     save_policy(LlamaGen(LlamaGenConfig(**sizes, **grid, num_classes=10)), folder / "policy")
-    tokenizer = VQTokenizer(
-        VQConfig(
-            codebook_size=32,
-            codebook_dim=8,
-            z_channels=32,
-            channels=32,
-            encoder_multipliers=(1, 1, 1),
-            decoder_multipliers=(1, 1, 1),
-            num_res_blocks=1,
-        )
-    )
-    save_tokenizer(tokenizer, folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     return folder
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_tokenizer import write_tokenizer
 from torch import Tensor
 from trainer_runs import brighter_left, config_of, run, write_run_models
 
 from argrpo.config import DataConfig, TokenizerConfig
 from argrpo.data import Prompt
 from argrpo.devices import choose_device
-from argrpo.models.loading import load_policy, save_tokenizer
-from argrpo.models.vq import VQConfig, VQTokenizer
+from argrpo.models.loading import load_policy
 from argrpo.non_finite import NonFiniteError
 from argrpo.trainer import Trainer
 
@@ -90,20 +90,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
 
 def test_a_tokenizer_of_another_grid_or_codebook_is_refused(models: Path, tmp_path: Path) -> None:
     other = tmp_path / "tokenizer"
-    save_tokenizer(
-        VQTokenizer(
-            VQConfig(
-                codebook_size=64,
-                codebook_dim=8,
-                z_channels=32,
-                channels=32,
-                encoder_multipliers=(1, 1, 1),
-                decoder_multipliers=(1, 1, 1),
-                num_res_blocks=1,
-            )
-        ),
-        other,
-    )
+    write_tokenizer(other, codebook_size=64)
     config = replace(config_of(models), tokenizer=TokenizerConfig(path=str(other)))
     with pytest.raises(ValueError, match="expected a codebook of 32, as the policy has, got 64"):
         Trainer(replace(config, output_dir=str(tmp_path / "run")), [])
