@@ -81,7 +81,8 @@ def _network(options: TowerOptions) -> TowerNetwork:
         remedy = "give the path of its file of weights"
         if tokenizer is not None:
             remedy = f"give {_FOLDER} and the path of a folder with a tokenizer as {tokenizer}"
-        with _said_of("pretrained", str(pretrained), weights or tokenizer, remedy):
+        source = str(pretrained) if weights is None else f"the tag {pretrained}"
+        with _said_of("pretrained", source, weights or tokenizer, remedy):
             return OpenClipNetwork(model, pretrained)
     if pretrained is None and (Path(model).is_dir() or _HUB_ID.fullmatch(model)):
         tokenizer = options.tokenizer or model

@@ -54,7 +54,7 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[_Sessio
     [
         (
             {},
-            r"pretrained: expected openai in the cache or fetched, got neither, .* not answer; "
+            r"pretrained: expected the tag openai in the cache or fetched, .* not answer; "
             r"fetch timm/vit_base_patch32_clip_224\.openai elsewhere, and give the path of its",
         ),
         (
