@@ -242,7 +242,7 @@ def _save_file(content: Mapping[str, object], path: Path) -> None:
         try:
             torch.save(content, part)
         except RuntimeError as error:  # its form of a full disk
-            raise OSError(f"could not be written: {error}") from error
+            raise OSError(f"no room for it, or an error of PyTorch's: {error}") from error
 
     write_atomically(path, write)
 

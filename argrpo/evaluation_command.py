@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from argrpo.config_files import parse_config
@@ -15,6 +16,7 @@ from argrpo.eval_t2i_config import T2iConfig
 from argrpo.evaluation_tables import tell_c2i, tell_t2i, tell_unfinished, wide_console
 from argrpo.progress import stage_progress, unreported
 from argrpo.ranks import is_first
+from argrpo.run_folder import RunFolder
 from argrpo.side_by_side import write_side_by_side
 
 _USAGE = """usage: argrpo eval c2i | t2i [--setting value ...]
@@ -48,15 +50,25 @@ def run_evaluation(arguments: list[str], cache_dir: Callable[[str | None], str])
     commands[kind](arguments[1:], cache_dir)
 
 
+@contextmanager
+def _writable(output_dir: str) -> Iterator[None]:
+    """Refuses a folder that cannot be written before models are loaded."""
+    folder = RunFolder.create(output_dir, may_hold_run=True)
+    try:
+        yield
+    finally:
+        folder.discard_if_empty()
+
+
 def _c2i(arguments: list[str], cache_dir: Callable[[str | None], str]) -> None:
     config = parse_config(C2iConfig, arguments, command="argrpo eval c2i", lists=_C2I_LISTS)
     config = dataclasses.replace(config, cache_dir=cache_dir(config.cache_dir))
     prepare_digits_of(resolved(config), config.cache_dir)
     console = wide_console()
-    with stage_progress(console) as report:
+    with _writable(config.output_dir), stage_progress(console) as report:
         results = evaluate_classes(config, report if is_first() else unreported)
     if results is not None:
-        tell_c2i(results, console)
+        tell_c2i(results, Path(config.output_dir), console)
     elif is_first():
         tell_unfinished(config, console)
 
@@ -69,7 +81,7 @@ def _t2i(arguments: list[str], cache_dir: Callable[[str | None], str]) -> None:
     # there hides an installed package.
     sys.path.append(os.getcwd())
     console = wide_console()
-    with stage_progress(console) as report:
+    with _writable(config.output_dir), stage_progress(console) as report:
         results = evaluate_texts(config, report if is_first() else unreported)
     if results is not None:
         page = write_side_by_side(results, Path(config.output_dir), config.page_prompts)

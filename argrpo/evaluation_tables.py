@@ -30,8 +30,8 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=_WIDTH)
 
 
-def tell_c2i(results: C2iResults, console: Console) -> None:
-    """Print settings, table, best guidance and, as the last line, everything as JSON."""
+def tell_c2i(results: C2iResults, folder: Path, console: Console) -> None:
+    """Print settings, table, best guidance, where all is and, as the last line, it as JSON."""
     settings = results.settings
     for line in (
         f"{settings['num_images']:,} images, {settings['classes']} classes, seed "
@@ -54,6 +54,8 @@ def tell_c2i(results: C2iResults, console: Console) -> None:
     for name, row in results.best.items():
         words = f"{name}: best {best_by} {row[best_by]:.4g} at guidance {row['guidance_scale']:g}"
         console.print(words, highlight=False, soft_wrap=True)
+    said = "results.json; images in POLICY/guidance_SCALE/samples.npz"
+    console.out(f"{folder}: {said}", highlight=False)
     console.out(json.dumps(asdict(results)), highlight=False)
 
 

@@ -19,6 +19,7 @@ from argrpo.config import TrainConfig
 from argrpo.ranks import own_rank
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNDER_A_FILE = (FileExistsError, NotADirectoryError)
 
 
 class StorageError(RuntimeError):
@@ -54,7 +55,7 @@ class RunFolder:
             probe = folder.path / f".writable.{os.getpid()}"
             probe.touch()
             probe.unlink()
-        except (FileExistsError, NotADirectoryError) as error:
+        except _UNDER_A_FILE as error:
             raise ValueError(
                 f"output_dir: expected a folder, got {path}, which is or lies under a file; "
                 "choose another"
@@ -223,7 +224,8 @@ def storage_error(path: Path, error: OSError) -> StorageError:
             f"{path}: expected room for a file, got a full disk ({_reason(error)}); nothing was "
             "left half-written. Free some space or choose another output_dir"
         )
-    return StorageError(f"{path}: expected a file that can be written, got {_reason(error)}")
+    found = "a path under a file" if isinstance(error, _UNDER_A_FILE) else _reason(error)
+    return StorageError(f"{path}: expected a file that can be written, got {found}")
 
 
 def plain(value: Any) -> Any:

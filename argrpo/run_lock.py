@@ -5,6 +5,8 @@ import os
 import socket
 from pathlib import Path
 
+from argrpo.run_folder import storage_error
+
 
 class RunLock:
     """The lock of a run folder, held from when it is made until `release`.
@@ -17,6 +19,7 @@ class RunLock:
         """
         Raises:
             ValueError: another process holds it, or this one does already.
+            StorageError: the disk is full or refused.
         """
         self._path = folder / ".lock"
         self._file: int | None = None
@@ -46,6 +49,11 @@ class RunLock:
         if not self._path.exists() or os.stat(self._path).st_ino != os.fstat(file).st_ino:
             os.close(file)
             return None
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            self._path.unlink(missing_ok=True)
+            os.close(file)
+            raise storage_error(self._path, error) from error
         return file

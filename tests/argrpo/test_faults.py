@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from argrpo.models.loading import load_policy
 from argrpo.non_finite import NonFiniteError
 from argrpo.output_config import OutputConfig
 from argrpo.policy_update import PolicyUpdate
+from argrpo.run_folder import StorageError
 from argrpo.run_lock import RunLock
 from argrpo.stop_signals import Preempted, StopSignals
 from argrpo.trainer import Trainer
@@ -360,3 +362,11 @@ def test_settings_of_faults_are_checked(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(ValueError, match=rf"fault\.{name}: expected .*at least 0, got -1"):
         FaultConfig(**settings)
+
+
+def test_a_full_disk_has_no_room_for_the_lock_and_keeps_none(
+    tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with files_up_to(0), pytest.raises(StorageError, match=r"\.lock: expected room for a file"):
+        RunLock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
