@@ -12,6 +12,7 @@ from torch import Tensor
 from argrpo.class_names import class_texts
 from argrpo.data_config import DataConfig
 from argrpo.engine.conditions import Conditions, TextFeatures
+from argrpo.image_files import read_image
 from argrpo.model_paths import blamed_on
 from argrpo.prompt_files import read_rows
 
@@ -24,7 +25,22 @@ class Prompt:
     class_id: int | None = None
     prompt_id: int = 0
     """Which prompt of the data set; images of one prompt form a group."""
-    reference_image: Tensor | None = None
+    reference_image: Tensor | None = None  # [3, H, W] in [0, 1], for judges that compare
+    reference_path: Path | None = None  # of a picture that is read when it is asked for
+
+    @property
+    def has_reference(self) -> bool:
+        return self.reference_image is not None or self.reference_path is not None
+
+    def reference(self) -> Tensor | None:
+        """[3, H, W] in [0, 1] of any size; None without one.
+
+        Raises:
+            UnreadableImageError: the file is no picture, or not there any more.
+        """
+        if self.reference_image is not None or self.reference_path is None:
+            return self.reference_image
+        return read_image(self.reference_path, "reference_image")
 
 
 class Texts(Protocol):
@@ -108,7 +124,12 @@ def load_prompts(config: DataConfig) -> PromptSet:
     if config.prompts is not None:
         with blamed_on("data.prompts"):
             rows = read_rows(config.prompts, column=config.prompt_column, split=config.prompt_split)
-        return PromptSet([Prompt(row.text, row.class_id, i) for i, row in enumerate(rows)])
+        return PromptSet(
+            [
+                Prompt(row.text, row.class_id, i, reference_path=row.reference_image)
+                for i, row in enumerate(rows)
+            ]
+        )
     texts = class_texts(config)
     return PromptSet([Prompt(text, c, prompt_id=i) for i, (c, text) in enumerate(texts)])
 

@@ -35,7 +35,7 @@ def exit_code(error: Exception, is_running: bool) -> int:
     like wrong input is a bug, of argrpo or of a judge."""
     import torch
 
-    from argrpo.image_folder import UnreadableImageError
+    from argrpo.image_files import UnreadableImageError
     from argrpo.non_finite import NonFiniteError
     from argrpo.ranks import PeerError
     from argrpo.rewards.failure_watch import JudgesUnavailableError

@@ -1,10 +1,11 @@
-"""Images to PNG files, one by one or as a grid."""
+"""Images from files, and to PNG files, one by one or as a grid."""
 
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from argrpo.pixels import to_uint8
@@ -13,6 +14,28 @@ from argrpo.run_folder import write_atomically
 _SMALL = 64  # pixels; smaller images are enlarged in a grid, by whole factors, to be seen at all
 _GAP = 2  # pixels between images, before enlarging
 _GAP_LEVEL = 128  # grey: reads as a line beside dark pictures and bright ones
+
+
+class UnreadableImageError(ValueError):
+    """A file that is no picture, or a broken one."""
+
+
+def read_image(path: Path, name: str = "images") -> Tensor:
+    """[3, H, W] fp32 in [0, 1]; transparency is dropped.
+
+    Args:
+        path: of a picture.
+        name: the setting that asks for it.
+
+    Raises:
+        UnreadableImageError: it is none.
+    """
+    try:
+        with Image.open(path) as file:
+            levels = np.array(file.convert("RGB"))
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"{name}: expected a picture, got {path} ({error})") from error
+    return torch.from_numpy(levels).permute(2, 0, 1).float() / 255.0
 
 
 def save_image(image: Tensor, path: Path, *, pixels: str = "llamagen") -> None:

@@ -2,22 +2,18 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from argrpo.data import Prompt
+from argrpo.image_files import read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _SHEET = "grid.png"  # what argrpo sample leaves beside its images
-
-
-class UnreadableImageError(ValueError):
-    """A file that is no picture, or a broken one."""
 
 
 class Picture(NamedTuple):
@@ -59,27 +55,59 @@ def with_prompts(paths: Sequence[Path], folder: Path, file: Path | None) -> list
         FileNotFoundError: there is no such file.
         ValueError: it is no JSON, lacks a picture, or has lines that do not divide the pictures.
     """
-    if file is None:
-        return [Picture(path, Prompt("")) for path in paths]
-    if not file.is_file():
-        raise FileNotFoundError(f"prompts: expected a file, got {file}")
-    text = file.read_text(encoding="utf-8")
-    if file.suffix.lower() == ".json":
-        texts = _named_texts(text, paths, folder, file)
-    else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines or len(paths) % len(lines):
-            raise ValueError(
-                f"prompts: expected a line for each of {len(paths)} images, or for each so many of "
-                f"them, got {len(lines)} in {file}"
-            )
-        repeats = len(paths) // len(lines)
-        texts = [line for line in lines for _ in range(repeats)]
+    texts = [""] * len(paths) if file is None else _texts(paths, folder, file)
     ids = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     return [
         Picture(path, Prompt(text, prompt_id=ids[text]))
         for path, text in zip(paths, texts, strict=True)
     ]
+
+
+def with_references(pictures: Sequence[Picture], folder: Path, references: Path) -> list[Picture]:
+    """Pictures that judges may compare with those of another folder.
+
+    Args:
+        pictures: some have a picture of the same name there, whatever their suffixes.
+        folder: to which their names are relative.
+        references: the other folder.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+        ValueError: it has none of these names.
+    """
+    if not references.is_dir():
+        raise NotADirectoryError(f"references: expected a folder, got {references}")
+    found = [_same_name(picture.path.relative_to(folder), references) for picture in pictures]
+    if not any(found):
+        raise ValueError(
+            f"references: expected pictures of the same names, such as "
+            f"{pictures[0].path.relative_to(folder)}, got none in {references}"
+        )
+    return [
+        picture._replace(prompt=replace(picture.prompt, reference_path=path))
+        for picture, path in zip(pictures, found, strict=True)
+    ]
+
+
+def _same_name(name: Path, folder: Path) -> Path | None:
+    candidates = [folder / name.with_suffix(suffix) for suffix in (name.suffix, *SUFFIXES)]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _texts(paths: Sequence[Path], folder: Path, file: Path) -> list[str]:
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts: expected a file, got {file}")
+    text = file.read_text(encoding="utf-8")
+    if file.suffix.lower() == ".json":
+        return _named_texts(text, paths, folder, file)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or len(paths) % len(lines):
+        raise ValueError(
+            f"prompts: expected a line for each of {len(paths)} images, or for each so many of "
+            f"them, got {len(lines)} in {file}"
+        )
+    repeats = len(paths) // len(lines)
+    return [line for line in lines for _ in range(repeats)]
 
 
 def read_batches(pictures: Sequence[Picture], batch: int) -> Iterator[tuple[int, Tensor]]:
@@ -100,16 +128,6 @@ def read_batches(pictures: Sequence[Picture], batch: int) -> Iterator[tuple[int,
         waiting.append(image)
     if waiting:
         yield start, torch.stack(waiting)
-
-
-def read_image(path: Path) -> Tensor:
-    """[3, H, W] fp32 in [0, 1]; transparency is dropped."""
-    try:
-        with Image.open(path) as file:
-            levels = np.array(file.convert("RGB"))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"images: expected a picture, got {path} ({error})") from error
-    return torch.from_numpy(levels).permute(2, 0, 1).float() / 255.0
 
 
 def _named_texts(text: str, paths: Sequence[Path], folder: Path, file: Path) -> list[str]:

@@ -7,6 +7,9 @@
     .txt     a line a prompt
     hub:NAME or a folder   a data set of the package datasets (extra `text`)
 
+Beside the text, where there are such columns: class_id, an integer, and reference_image, the path
+of a picture relative to the file, for judges that compare with one.
+
 What happens to odd rows: text stays as it is, whatever its script; rows that are empty or white
 are left out, and one warning counts them; a text that stands there twice is two prompts; a row
 without a text, or a file that is not UTF-8, is refused by its number.
@@ -25,6 +28,7 @@ from typing import NamedTuple
 _LOG = logging.getLogger(__name__)
 
 _COLUMNS = ("prompt", "text", "caption")
+_KEPT = (*_COLUMNS, "class_id", "reference_image")
 _HUB = "hub:"
 _MAX_FIELD = 131_072  # characters of a field that Python's csv takes
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -38,6 +42,7 @@ class PromptRow(NamedTuple):
 
     text: str
     class_id: int | None = None
+    reference_image: Path | None = None  # a file that is there
 
 
 def read_rows(source: str, *, column: str | None = None, split: str = "train") -> list[PromptRow]:
@@ -46,21 +51,22 @@ def read_rows(source: str, *, column: str | None = None, split: str = "train") -
     Args:
         source: a file, a folder of a saved data set, or hub:NAME.
         column: which one holds the text; None takes the first of prompt, text and caption that is
-            there, in any case. An integer column class_id, where there is one, is kept.
+            there, in any case.
         split: of a data set.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or no such reference image.
         ValueError: another format, a row without text, or no prompt at all; the message names the
             row.
     """
     rows = list(_rows(source, split))
+    folder = Path(source).parent if Path(source).is_file() else Path()
     found: list[PromptRow] = []
     for number, row in enumerate(rows):
         place = f"{source}: row {number}"
         text = _text(row, column, place)
         if text.strip():
-            found.append(PromptRow(text, _class_id(row, place)))
+            found.append(PromptRow(text, _class_id(row, place), _reference(row, folder, place)))
     if not found:
         raise ValueError(f"{source}: expected prompts, got {len(rows)} rows and no text in them")
     if len(found) < len(rows):
@@ -184,7 +190,7 @@ def _data_set(source: str, split: str) -> Iterator[Row]:
         raise ValueError(
             f"{source}: expected a data set with a split {split}, got {reason}"
         ) from error
-    texts = [name for name in found.column_names if name.lower() in (*_COLUMNS, "class_id")]
+    texts = [name for name in found.column_names if name.lower() in _KEPT]
     return iter(found.select_columns(texts) if texts else found)
 
 
@@ -232,3 +238,17 @@ def _class_id(row: Row, place: str) -> int | None:
         return int(str(value))
     except ValueError as error:
         raise ValueError(f"{place}: class_id: expected an integer, got {value!r}") from error
+
+
+def _reference(row: Row, folder: Path, place: str) -> Path | None:
+    value = row.get("reference_image") if isinstance(row, Mapping) else None
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{place}: reference_image: expected the path of a picture, got {type(value).__name__}"
+        )
+    path = folder / Path(value).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{place}: reference_image: expected a picture, got {path}")
+    return path

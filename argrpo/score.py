@@ -21,7 +21,13 @@ from torch import Tensor
 from argrpo.advantages import combine_rewards
 from argrpo.data import Prompt
 from argrpo.devices import choose_device
-from argrpo.image_folder import Picture, list_images, read_batches, with_prompts
+from argrpo.image_folder import (
+    Picture,
+    list_images,
+    read_batches,
+    with_prompts,
+    with_references,
+)
 from argrpo.progress import Report, unreported
 from argrpo.reward_config import RewardConfig
 from argrpo.rewards.background_loop import BackgroundLoop
@@ -52,6 +58,10 @@ class ScoreConfig:
     """A text file with a prompt a line, in the order of the images, each for as many in a row as
     come on a line; or .json, an object from file names to prompts. None: for judges that read
     none."""
+
+    references: str | None = None
+    """Folder of pictures of the same names, whatever their suffixes, for judges that compare (mse,
+    lpips, iqa:NAME of that kind); brought to the size of the images."""
 
     output_dir: str | None = None
     """Folder of the results; None: scores, or scores-2, ... when taken."""
@@ -101,6 +111,8 @@ def prepare_scoring(config: ScoreConfig) -> Callable[[Report], Path]:
     folder = Path(config.images).expanduser()
     prompts = None if config.prompts is None else Path(config.prompts).expanduser()
     pictures = with_prompts(list_images(folder), folder, prompts)
+    if config.references is not None:
+        pictures = with_references(pictures, folder, Path(config.references).expanduser())
     device, shared = choose_device(config.device), SharedNetworks()
     judges = [make_reward(reward, device, config.cache_dir, shared) for reward in config.rewards]
     _check_judges(judges, [picture.prompt for picture in pictures])
@@ -190,8 +202,8 @@ def _check_judges(judges: list[Judge], prompts: list[Prompt]) -> None:
     for judge in judges:
         if isinstance(judge, Applying) and not any(judge.applies(prompts)):
             raise ValueError(
-                f"rewards: expected judges of images by themselves, got {judge.name}, which "
-                "compares with the reference image of a prompt"
+                f"references: expected a folder of pictures for {judge.name}, which compares with "
+                "them, got none"
             )
         if isinstance(judge, DistributionReward):
             raise ValueError(
@@ -249,7 +261,8 @@ def _draw_histograms(scores: ImageScores, path: Path) -> None:
         scored = column[column.isfinite()].numpy()
         axes.set_title(f"{name}: {len(scored)} of {len(column)} images", fontsize=10)
         if len(scored):
-            axes.hist(scored, bins=_BINS)
+            # Bins of 64 bits: scores that differ in their last of 32 leave no room for 40 of those.
+            axes.hist(scored.astype("float64"), bins=_BINS)
             axes.axvline(scored.mean(), linestyle="--", color="black", linewidth=1)
         axes.set_xlabel("score, dashed: mean")
         axes.set_ylabel("images")

@@ -132,6 +132,7 @@ class Trainer:
         models = load_models(config, self._device, start, report)
         self.policy, tokenizer, prompts = models
         self._judges = Judges(config, self._device, self._ranges)
+        self._judges.check_prompts(prompts.prompts)
         self._learner = Learner(self.policy, config, self._ranges, self._signals.breakable_alone)
         self._memory = RunMemory(config, models, self._device)
         self.engine = self._memory.make_engine(self.profile.engine_ranges)

@@ -15,7 +15,8 @@ takes any keyword. It gets, as far as it asks for them:
     trainer_state    global_step and max_steps
     log_metric       log_metric(name, value): logged as rewards/NAME/name, the mean over a step
     log_extra        log_extra(column, values): to reward_extras.jsonl of the run
-    class_id, prompt_id, reference_image      the columns of our prompts
+    class_id, prompt_id                       the columns of our prompts
+    reference_image                           their pictures [3, H, W], or None, read for each call
 
 It returns a number for each image, or None where it does not apply; None is no failure, and NaN is
 one. What it raises ends the run.
@@ -34,6 +35,7 @@ from torch import Tensor
 from argrpo.data import Prompt
 from argrpo.rewards.image_transfer import pil_images
 from argrpo.rewards.protocols import Answer, Logged, StepContext
+from argrpo.rewards.reference_images import reference_images
 
 Function = Callable[..., Any]
 
@@ -110,8 +112,9 @@ class _TrlCall:
             "log_extra": lambda column, values: _log(logged.extras, column, values),
             "class_id": [prompt.class_id for prompt in prompts],
             "prompt_id": [prompt.prompt_id for prompt in prompts],
-            "reference_image": [prompt.reference_image for prompt in prompts],
         }
+        if "reference_image" in named or self._takes_any:
+            found["reference_image"] = reference_images(prompts)
         if "images" in named:
             found["images"] = images
         if "completions" in named or (self._takes_any and "images" not in named):

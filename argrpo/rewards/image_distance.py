@@ -37,7 +37,7 @@ class MseReward:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN without a reference."""
-        rows, references = with_references(self.name, images, prompts)
+        rows, references = with_references(images, prompts)
         squares = (images[rows].float() - references.float()).square()
         return scattered(squares.flatten(1).mean(dim=1), rows, len(images))
 
@@ -99,7 +99,7 @@ class LpipsReward:
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN without a reference."""
         images = images.to(self._device).float()
-        rows, references = with_references(self.name, images, prompts)
+        rows, references = with_references(images, prompts)
         self._residence.wake()
         pairs = zip(
             images[rows].split(self.reward_batch),

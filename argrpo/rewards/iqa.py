@@ -67,7 +67,7 @@ class IqaReward:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN = not scored."""
         if not self._loaded.needs_reference:
             return self._loaded.scores(images, self.reward_batch)
-        rows, references = with_references(self.name, images, prompts)
+        rows, references = with_references(images, prompts)
         compared = self._loaded.compare(images[rows], references, self.reward_batch)
         return scattered(compared, rows, len(images))
 

@@ -5,40 +5,50 @@ Shapes: N images, M of them with a reference.
 
 import torch
 from torch import Tensor
+from torchvision.transforms import functional as VF
 
 from argrpo.data import Prompt
 
 
-def with_references(name: str, images: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+def with_references(images: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
     """The images that have a reference.
 
+    A reference of another size is brought to that of the images: the shorter side resized, bicubic
+    and antialiased, and the middle cut out.
+
     Args:
-        name: of the judge, for its refusal.
         images: [N, 3, H, W] in [0, 1].
-        prompts: N, with `reference_image` [3, H, W] in [0, 1] or None.
+        prompts: N.
 
     Returns:
         rows [M] int64 and references [M, 3, H, W] in the images' dtype, on their device.
 
     Raises:
-        ValueError: a reference is of another size.
+        UnreadableImageError: a reference is no picture.
     """
-    rows = [i for i, prompt in enumerate(prompts) if prompt.reference_image is not None]
-    found = [prompts[row].reference_image for row in rows]
-    for reference in found:
-        if reference is not None and reference.shape != images.shape[1:]:
-            raise ValueError(
-                f"rewards.{name}: expected references of shape {list(images.shape[1:])}, as the "
-                f"images, got {list(reference.shape)}"
-            )
-    references = [reference.to(images) for reference in found if reference is not None]
-    stacked = torch.stack(references) if references else images[:0]
-    return torch.tensor(rows, dtype=torch.int64, device=images.device), stacked
+    height, width = images.shape[2:]
+    found = enumerate(reference_images(prompts))
+    there = {i: _fitted(image.to(images), height, width) for i, image in found if image is not None}
+    rows = torch.tensor(list(there), dtype=torch.int64, device=images.device)
+    return rows, torch.stack(list(there.values())) if there else images[:0]
+
+
+def reference_images(prompts: list[Prompt]) -> list[Tensor | None]:
+    """[3, H, W] in [0, 1] of each prompt, of any size; None without one. A group's is read once.
+
+    Raises:
+        UnreadableImageError: one is no picture.
+    """
+    read: dict[int, Tensor | None] = {}
+    for prompt in prompts:
+        if id(prompt) not in read:
+            read[id(prompt)] = prompt.reference()
+    return [read[id(prompt)] for prompt in prompts]
 
 
 def have_reference(prompts: list[Prompt]) -> list[bool]:
     """Whether each prompt has a reference image: elsewhere a judge by distance does not apply."""
-    return [prompt.reference_image is not None for prompt in prompts]
+    return [prompt.has_reference for prompt in prompts]
 
 
 def scattered(values: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -46,3 +56,17 @@ def scattered(values: Tensor, rows: Tensor, count: int) -> Tensor:
     scores = torch.full((count,), torch.nan, device=values.device)
     scores[rows] = values.float()
     return scores
+
+
+def _fitted(image: Tensor, height: int, width: int) -> Tensor:
+    """[3, H, W] of any size -> [3, height, width]."""
+    own_height, own_width = image.shape[1:]
+    if (own_height, own_width) == (height, width):
+        return image
+    factor = max(height / own_height, width / own_width)
+    size = [max(round(own_height * factor), height), max(round(own_width * factor), width)]
+    resized = VF.resize(
+        image.float(), size, interpolation=VF.InterpolationMode.BICUBIC, antialias=True
+    )
+    # Bicubic weights leave [0, 1] beside edges.
+    return VF.center_crop(resized, [height, width]).clamp(0.0, 1.0).to(image.dtype)

@@ -15,6 +15,7 @@ from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.lanes import Judge, Outcome
 from argrpo.rewards.pool import Asking, Scoring
 from argrpo.rewards.protocols import (
+    Applying,
     DistributionReward,
     Measuring,
     Restorable,
@@ -102,6 +103,23 @@ class Judges:
                 "rewards: expected each judge to be logged under a name of its own, got "
                 f"{', '.join(names)}; give one the option name, or take it out"
             )
+
+    def check_prompts(self, prompts: list[Prompt]) -> None:
+        """Refuse a judge that would score no image of a run.
+
+        Args:
+            prompts: all of the run.
+
+        Raises:
+            ValueError: a judge with a weight applies to none of them.
+        """
+        for judge, config in zip(self._rewards, self._config.rewards, strict=True):
+            if config.weight and isinstance(judge, Applying) and not any(judge.applies(prompts)):
+                raise ValueError(
+                    f"rewards.{judge.name}: expected prompts with a reference image, got none "
+                    f"among {len(prompts)}; give data.prompts a column reference_image, or leave "
+                    "the judge out"
+                )
 
     def begin(
         self, prompts: list[Prompt], *, with_monitors: bool, context: StepContext | None = None

@@ -41,6 +41,22 @@ def test_a_list_of_strings_and_one_of_objects(tmp_path: Path) -> None:
     assert texts(write(tmp_path / "b.json", rows)) == ["a dog", "a cat"]
 
 
+def test_a_reference_image_is_a_path_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    picture = write(tmp_path / "pictures" / "a.png", "")
+    lines = '{"text": "a", "reference_image": "pictures/a.png"}\n{"text": "b"}\n'
+    rows = read_rows(str(write(tmp_path / "p.jsonl", lines)))
+    assert [row.reference_image for row in rows] == [picture, None]
+    table = write(tmp_path / "p.csv", "text,reference_image\na,pictures/a.png\nb,\n")
+    assert [row.reference_image for row in read_rows(str(table))] == [picture, None]
+    missing = write(tmp_path / "q.jsonl", '"b"\n{"text": "a", "reference_image": "b.png"}\n')
+    with pytest.raises(FileNotFoundError, match=r"row 1: reference_image: expected a picture, got"):
+        read_rows(str(missing))
+    other = write(tmp_path / "r.json", '[{"text": "a", "reference_image": [1]}]')
+    with pytest.raises(ValueError, match="row 0: reference_image: expected the path of a picture"):
+        read_rows(str(other))
+
+
 def test_jsonl_keeps_class_ids_and_takes_strings(tmp_path: Path) -> None:
     lines = '{"text": "a seven", "class_id": 7}\n"a dog"\n{"caption": "x", "class_id": null}\n'
     assert read_rows(str(write(tmp_path / "p.jsonl", lines))) == [

@@ -123,6 +123,21 @@ def test_weights_and_options_come_from_a_file(folder: Path) -> None:
     assert (folder / "scores-2/scores.csv").is_file(), "an earlier result is kept"
 
 
+def test_a_folder_is_compared_with_another_by_the_names_of_its_pictures(folder: Path) -> None:
+    (folder / "originals").mkdir()
+    for index, name in ((1, "00001_cat.png"), (3, "00003_cat.bmp")):
+        level = (0.0, 0.4, 0.0, 0.8, 0.0)[index]  # .2 and .2 redder than the image
+        levels = (round(255 * level), 0, 0)
+        Image.new("RGB", (24, 24), levels).save(folder / "originals" / name)
+    assert _score("--rewards", "mse", "--references", "originals") == 0
+    scores = json.loads((folder / "out/scores.json").read_text())
+    found = [image["mse"] for image in scores["images"]]
+    assert [found[i] for i in (0, 2, 4)] == [None] * 3
+    # Squares of a third of .2, whose 8 bits are off by up to half a level each.
+    assert [found[1], found[3]] == pytest.approx([0.2**2 / 3] * 2, abs=1e-3)
+    assert scores["judges"]["mse"]["failures"] == 0
+
+
 def test_prompts_go_by_line_for_so_many_images_or_by_name(folder: Path) -> None:
     images = folder / "images"
     paths = list_images(images)[:4]
@@ -161,7 +176,12 @@ def test_batches_hold_pictures_of_one_size_in_order(folder: Path) -> None:
         (["--rewards", "score_judges:redness", "--images", "empty"], "images: expected pictures"),
         (["--rewards", "score_judges:redness", "--batch", "0"], "batch: expected at least 1"),
         (["--rewards", "score_judges:redness", "score_judges:redness"], "a column of its own"),
-        (["--rewards", "score_judges:redness", "mse"], "of images by themselves, got mse, which"),
+        (["--rewards", "score_judges:redness", "mse"], "references: expected a folder of"),
+        (
+            ["--rewards", "mse", "--references", "empty"],
+            "references: expected pictures of the same names, such as 00000_cat.png, got none in",
+        ),
+        (["--rewards", "mse", "--references", "none"], "references: expected a folder, got none"),
         (["--rewards", '[{"name":"score_judges:redness","weight":0}]'], "a weight that is not 0"),
         ([], "rewards: expected a value, got none"),
     ],

@@ -4,11 +4,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from argrpo.config import TrainConfig
 from argrpo.data import Prompt
+from argrpo.image_files import save_image
+from argrpo.model_config import PolicyConfig, TokenizerConfig
+from argrpo.reward_config import RewardConfig
 from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.image_distance import LpipsReward, MseReward
 from argrpo.rewards.pool import Asking, Scoring
 from argrpo.rewards.quantize import StepMap, quantized
+from argrpo.rewards.reference_images import with_references
+from argrpo.rewards.scoring import Judges
 
 _CPU = torch.device("cpu")
 
@@ -37,6 +43,46 @@ def test_mse_is_the_mean_squared_difference_of_pixels() -> None:
     torch.testing.assert_close(scores, (images - references).square().mean(dim=(1, 2, 3)))
     same = [Prompt("a", reference_image=image) for image in images]
     assert MseReward()(images, same).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_reference_is_read_from_its_file_and_brought_to_the_size_of_images(tmp_path) -> None:
+    # Wider than high: the middle is compared. A ramp stays one when it is resized.
+    ramp = torch.linspace(0, 1, 16)[:, None].expand(3, 16, 32).clone()
+    ramp[:, :, :8] = ramp[:, :, 24:] = 1.0
+    save_image(ramp, tmp_path / "ramp.png", pixels="round")
+    prompt = Prompt("a", reference_path=tmp_path / "ramp.png")
+    images = ramp[None, :, :, 8:24].repeat(2, 1, 1, 1)
+    assert MseReward()(images, [prompt, Prompt("b")])[0] < 4e-6, "half a level of 8 bits, squared"
+    small = F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True)
+    # Next to the cut columns the whole picture's resizing sees beyond the cut.
+    assert MseReward()(small[:, :, :, 1:-1].clamp(0, 1), [prompt] * 2).max() < 0.2
+    picture = Prompt("a", reference_path=tmp_path / "ramp.png")
+    (rows, found) = with_references(small, [picture, Prompt("b")])
+    assert rows.tolist() == [0] and found.shape == (1, 3, 8, 8)
+    torch.testing.assert_close(found[0, :, :, 2:6], small[0, :, :, 2:6], atol=1 / 255, rtol=0)
+
+
+def test_a_groups_reference_is_read_once(tmp_path, monkeypatch) -> None:
+    save_image(torch.zeros(3, 8, 8), tmp_path / "a.png")
+    prompt, read = Prompt("a", reference_path=tmp_path / "a.png"), []
+    monkeypatch.setattr(
+        "argrpo.data.read_image", lambda *words: read.append(words) or torch.zeros(3, 8, 8)
+    )
+    assert MseReward()(torch.ones(4, 3, 8, 8), [prompt] * 4).tolist() == [1.0] * 4
+    assert len(read) == 1
+
+
+def test_a_run_whose_prompts_have_no_reference_is_refused(tmp_path) -> None:
+    config = TrainConfig(
+        output_dir=str(tmp_path),
+        policy=PolicyConfig(path="unused"),
+        tokenizer=TokenizerConfig(path="unused"),
+        rewards=[RewardConfig(name="mse", weight=-1.0)],
+    )
+    judges = Judges(config, _CPU)
+    with pytest.raises(ValueError, match=r"rewards\.mse: expected prompts with a reference image"):
+        judges.check_prompts([Prompt("a"), Prompt("b")])
+    judges.check_prompts([Prompt("a"), Prompt("b", reference_path=tmp_path / "b.png")])
 
 
 def test_an_image_without_a_reference_is_not_scored(backbone) -> None:
@@ -92,12 +138,6 @@ def test_lpips_is_its_formula(backbone) -> None:
                 stage += 1
     # fp32 sums over up to 384 channels and 225 places
     torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-4)
-
-
-def test_a_reference_of_another_size_is_refused() -> None:
-    images, prompts, _ = _pairs(1, 8)
-    with pytest.raises(ValueError, match=r"rewards\.mse: expected references of shape \[3, 4, 4\]"):
-        MseReward()(images[..., :4, :4], prompts)
 
 
 def test_files_that_are_no_backbone_are_refused(backbone, tmp_path) -> None:
