@@ -186,16 +186,24 @@ def quietly() -> Iterator[None]:
 
 def _fetched(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from argrpo.hub_reach import HubOutOfReachError, hub_within_reach
 
     described = ["*.json", "*.model"]
     try:
         # One format of weights, the safe one where there is one.
-        for weights in _WEIGHTS:
-            folder = Path(snapshot_download(name, allow_patterns=[*described, weights]))
-            if _weight_files(folder):
-                break
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        with hub_within_reach():
+            for weights in _WEIGHTS:
+                folder = Path(snapshot_download(name, allow_patterns=[*described, weights]))
+                if _weight_files(folder):
+                    break
+    except HubOutOfReachError as error:
+        raise ValueError(
+            f"{name}: expected the folder of a T5, or a hub id that is cached or can be fetched, "
+            f"got neither ({error} does not answer)"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
             f"{name}: expected the folder of a T5 or a hub id that can be fetched, got neither "
             f"({_short(error)})"

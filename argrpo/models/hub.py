@@ -7,7 +7,7 @@ fetched unless a name is given that is no local path.
 
 import tempfile
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 
@@ -39,24 +39,24 @@ def local_path(
     if Path(name).exists():
         return Path(name) if filename is None else Path(name) / filename
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from argrpo.hub_reach import HubOutOfReachError, hub_within_reach
 
     repo = str(name)
+    where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     try:
-        if filename is not None:
-            return Path(
-                hf_hub_download(repo, filename, revision=revision, token=token, cache_dir=cache_dir)
-            )
-        return Path(
-            snapshot_download(
-                repo,
-                allow_patterns=["*.json", "*.safetensors"],
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        with hub_within_reach():
+            if filename is not None:
+                return Path(hf_hub_download(repo, filename, **where))
+            files = ["*.json", "*.safetensors"]
+            return Path(snapshot_download(repo, allow_patterns=files, **where))
+    except HubOutOfReachError as error:
+        raise FileNotFoundError(
+            f"{name}: expected a path, or a repository that is cached or can be fetched, got "
+            f"neither ({error} does not answer)"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
             f"{name}: expected a path, or a repository of the hub that can be reached, got neither "

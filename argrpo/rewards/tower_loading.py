@@ -23,7 +23,7 @@ import open_clip
 import torch
 
 from argrpo.devices import DTYPES
-from argrpo.rewards.hub_reach import HubOutOfReachError, hub_within_reach
+from argrpo.hub_reach import HubOutOfReachError, hub_within_reach
 from argrpo.rewards.sharing import SharedNetworks
 from argrpo.rewards.tower_networks import OpenClipNetwork, TransformersNetwork
 from argrpo.rewards.towers import Tower, TowerNetwork

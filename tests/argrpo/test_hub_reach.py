@@ -14,10 +14,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPImageProcessor
 
+from argrpo import hub_reach
 from argrpo.data import Prompt
-from argrpo.rewards import hub_reach
+from argrpo.hub_reach import HubOutOfReachError, hub_within_reach
 from argrpo.rewards.clip import ClipReward
-from argrpo.rewards.hub_reach import HubOutOfReachError, hub_within_reach
 
 _CPU = torch.device("cpu")
 _COMMIT = "0" * 40
