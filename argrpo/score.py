@@ -250,6 +250,7 @@ def _draw_histograms(scores: ImageScores, path: Path) -> None:
     """One a judge. matplotlib without its state machine, which would look for a screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     count = len(scores.names)
     columns = min(count, _COLUMNS)
@@ -264,6 +265,9 @@ def _draw_histograms(scores: ImageScores, path: Path) -> None:
             # Bins of 64 bits: scores that differ in their last of 32 leave no room for 40 of those.
             axes.hist(scored.astype("float64"), bins=_BINS)
             axes.axvline(scored.mean(), linestyle="--", color="black", linewidth=1)
+        # Few, because small scores have long labels; and images come whole.
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("score, dashed: mean")
         axes.set_ylabel("images")
     figure.savefig(path, dpi=120)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from argrpo.data import Prompt
 from argrpo.digits.dataset import IMAGE_SIZE, NUM_CLASSES, load_split, shift_and_rotate
 from argrpo.digits.training import FitConfig, Progress, fit, no_progress, seeded_init
+from argrpo.model_paths import blamed_on
 
 _ROWS = 512  # images in a judge at a time when it only looks
 _MODEL_TYPE = "argrpo_digit_judge"
+_OPTIONS = "rewards.digits_judge.options"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +216,10 @@ class DigitJudgeReward:
         device: str | torch.device = "cpu",
     ) -> None:
         if score not in ("probability", "logprob"):
-            raise ValueError(f"score: expected probability or logprob, got {score!r}")
+            raise ValueError(f"{_OPTIONS}.score: expected probability or logprob, got {score!r}")
         self.name = name
-        self._judge = load_judge(path, device=device)
+        with blamed_on(f"{_OPTIONS}.path"):
+            self._judge = load_judge(path, device=device)
         self._score = score
 
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:

@@ -152,5 +152,9 @@ def test_what_a_reward_cannot_score_is_refused_by_name(folder: Path) -> None:
         ValueError, match=r"images: expected \[N, 3, 32, 32\], got \[1, 3, 28, 28\]"
     ):
         reward(torch.zeros(1, 3, 28, 28), prompts([1]))
+    with pytest.raises(
+        FileNotFoundError, match=r"^rewards\.digits_judge\.options\.path: judge: exp"
+    ):
+        DigitJudgeReward("nowhere")
     with pytest.raises(ValueError, match="score: expected probability or logprob, got 'logit'"):
         DigitJudgeReward(folder, score="logit")

@@ -117,9 +117,7 @@ def test_a_folder_that_is_no_t5_is_refused(changed: Callable[[str], Path]) -> No
 
 
 def test_a_name_that_is_nowhere_is_one_clear_line() -> None:
-    with pytest.raises(
-        ValueError, match="no/such-t5: expected the folder of a T5"
-    ):
+    with pytest.raises(ValueError, match="no/such-t5: expected the folder of a T5"):
         find_encoder("no/such-t5")
     with pytest.raises(ValueError, match="expected the folder of a T5 or a hub id"):
         find_encoder("/not/there/at/all")
