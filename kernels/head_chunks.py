@@ -140,6 +140,8 @@ def chunked_gradients(
             torch.mm(dlogits, head_weight, out=dhidden[chunk])
         if dweight is not None:
             _add_product_(dweight, dlogits.t(), hidden[chunk])
+        # Freed before the next chunk asks for its own, or two would be held.
+        del dlogits
 
 
 def _dlogits(hidden: Tensor, head_weight: Tensor, chunk: slice, fill: FillGradient) -> Tensor:

@@ -24,6 +24,7 @@ from argrpo.kernels.logprob_gradients import (
 from argrpo.kernels.rows import FixedScales
 from argrpo.kernels.token_filter import pack_support
 from argrpo.kernels.token_logprobs import token_logprobs
+from argrpo.peak_memory import memory_use
 
 FP32_TOLERANCE = 1e-5
 TEMPERATURE = 0.7
@@ -182,6 +183,23 @@ def _run_of(fixed: bool, scales: FixedScales) -> Callable[..., LogprobGradients]
     return run
 
 
+def test_no_more_than_one_chunk_of_gradients_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_softmax, "uses_triton", lambda tensor: False)
+    monkeypatch.setattr(head_chunks, "_logit_rows", lambda head_weight: 64)
+    monkeypatch.setattr(head_chunks, "_gradient_rows", lambda head_weight: 64)
+    cpu = torch.device("cpu")
+    hidden, weight, token_ids = make_head(cpu, 256)
+    scales = make_scales(cpu, 256)
+
+    def peak(rows: slice) -> int:
+        given = hidden[rows], weight, token_ids[rows], scales.part(rows)
+        return memory_use(lambda: fixed_scale_gradients(*given), cpu).peak
+
+    # What grows with the rows is their gradient and three scores each; a chunk is 256 kB.
+    results = 4 * 192 * (WIDTH + 3)
+    assert peak(slice(0, 256)) - peak(slice(0, 64)) <= results + 1024
+
+
 @pytest.mark.gpu
 def test_a_real_step_stays_in_a_quarter_gigabyte_and_repeats() -> None:
     num_rows, width, vocab_size = 16384, 1280, 16384
@@ -190,7 +208,8 @@ def test_a_real_step_stays_in_a_quarter_gigabyte_and_repeats() -> None:
     token_ids = torch.randint(vocab_size, (num_rows,), device="cuda")
     scales = make_scales(torch.device("cuda"), num_rows)
     results = []
-    hidden[:8] @ weight[:8].t()  # the library takes its workspace at its first product
+    # The library takes its workspaces at its first products.
+    fixed_scale_gradients(hidden[:8], weight, token_ids[:8], scales.part(slice(0, 8)))
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
