@@ -13,6 +13,8 @@ STAMP   := $(VENV)/.installed
 PYTHON  := python3.14 python3.13 python3.12 python3.11 python3
 # Of one `make gpu`; the next call continues where it stopped.
 MINUTES := 9
+# Where `make gpu` leaves rows, logs and what it has done.
+RESULTS := bench/results
 # What stays in the environment, and what pip downloads before it unpacks.
 DISK_GB := 8
 TEMP_GB := 3
@@ -71,11 +73,15 @@ bench: $(STAMP)
 	@$(BIN)/python bench/cpu_suite.py
 
 # Machines with a GPU often bring their own torch: the environment is used where it stands, else
-# the python on PATH, into which argrpo was installed by `pip install --no-deps -e .`.
+# the python on PATH; where argrpo is not installed into that, the view above stands in for it.
 gpu:
 	@python=python3
 	if [ -e $(STAMP) ]; then python=$(BIN)/python; fi
-	"$$python" bench/gpu_suite.py --minutes $(MINUTES)
+	if ! "$$python" -P -c 'import argrpo.kernels' 2>/dev/null; then
+	    $(MAKE) --silent links
+	    export PYTHONPATH="$$PWD/.links"
+	fi
+	"$$python" bench/gpu_suite.py --minutes $(MINUTES) --results $(RESULTS)
 
 size:
 	@git ls-files '*.py' | xargs wc -l | sort -n |

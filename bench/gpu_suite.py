@@ -147,6 +147,7 @@ def run_within(command: Sequence[str], seconds: float, out: Any) -> int | None:
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as in the Makefile: bits stay
+    environment["PYTHONUNBUFFERED"] = "1"  # what was printed stands in the log of an ended part
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment,
         start_new_session=True,

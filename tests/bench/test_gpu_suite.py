@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,36 @@ gpu_suite.main(["--results", {str(tmp_path / "results")!r}], parts)
     finally:
         suite.kill()
     assert _is_gone(int(pid_file.read_text()))
+
+
+def test_make_gpu_needs_no_installation_and_puts_results_where_it_is_told(tmp_path: Path) -> None:
+    """With a python on PATH that has no argrpo, and says what it is asked to run."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in ("argrpo", "kernels", "engine"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "argrpo" / "__init__.py").touch()
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\n[ "$1" = -P ] && exit 1\necho "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "gpu", "MINUTES=2", "RESULTS=/rows"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    links = tmp_path / ".links"
+    assert done.stdout == f"{links} bench/gpu_suite.py --minutes 2 --results /rows\n"
+    assert {path.name for path in (links / "argrpo").iterdir()} == {
+        "__init__.py", "kernels", "engine",
+    }  # fmt: skip
+
+
+def test_what_an_ended_part_printed_stands_in_its_log(
+    suite: ModuleType, part: Callable[..., Any], tmp_path: Path
+) -> None:
+    slow = part("slow", "print('said')\nimport time; time.sleep(60)", limit_s=3.0)
+    assert call(suite, tmp_path, [slow]) == 1
+    log = tmp_path / "results" / "logs" / "slow.txt"
+    assert log.read_text(encoding="utf-8") == "measuring\nsaid\n"
 
 
 def test_a_part_whose_package_is_missing_is_left_out_until_it_is_there(
