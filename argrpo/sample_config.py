@@ -70,6 +70,13 @@ class SampleConfig(DrawingConfig):
         at_least("num_images_per_prompt", self.num_images_per_prompt, 1)
         if self.max_slots is not None:
             at_least("max_slots", self.max_slots, 1)
+        for name, values in (
+            ("labels", self.labels or []),
+            ("num_images_per_prompt", [self.num_images_per_prompt]),
+        ):
+            large = [value for value in values if abs(value) >= 2**63]
+            if large:
+                raise ValueError(f"{name}: expected a signed 64-bit integer, got {large[0]}")
         for name in ("labels", "names", "prompts"):
             if getattr(self, name) == []:
                 raise ValueError(f"{name}: expected at least one, got none")

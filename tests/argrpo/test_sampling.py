@@ -300,10 +300,12 @@ def test_a_tokenizer_of_another_codebook_is_refused_before_anything_is_made(
         ("max_slots", 0),
         ("decode_batch", 0),
         ("num_images_per_prompt", 0),
+        ("num_images_per_prompt", 2**63),
+        ("labels", [3, 2**63]),
     ],
 )
 def test_a_number_out_of_range_is_refused_before_anything_is_loaded(
-    config: SampleConfig, field: str, value: float
+    config: SampleConfig, field: str, value: float | list[int]
 ) -> None:
     with pytest.raises(ValueError, match=f"{field}: expected"):
         replace(config, policy="missing.pt", **{field: value})
