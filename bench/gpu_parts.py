@@ -5,7 +5,7 @@ figures that decide, at XL: rollouts, sampling, attention, the loss head, a whol
 and more peers follow. Limits are twice what a part should take, most of it the compilation of
 kernels and peers; all together they should take four or five calls of nine minutes.
 
-Tests spend their time in the compiler, one kernel after the other: 93 s for the 154 of the sampling's.
+Tests spend their time in the compiler, one kernel after the other: those of sampling 93 s for 154.
 Where pytest-xdist is found they share it among processes; nothing else asks for that package.
 """
 

@@ -11,6 +11,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     only_kernels = all(path.is_relative_to(KERNEL_TESTS) for path in named)
     if only_kernels and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if _interpreted():
+        _check_interpreter()
     # The tests' tensors are tiny: more threads wait for each other, on a busy machine for seconds.
     torch.set_num_threads(1)
 
@@ -131,3 +134,13 @@ def _filled_with_nan(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check_interpreter() -> None:
+    """Triton 3.6 reads a loop's end from an array of one number, which numpy 2.4 refuses."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton <= (3, 6) and numpy >= (2, 4):
+        raise pytest.UsageError(
+            f"numpy: expected below 2.4 for the interpreter of Triton {version('triton')}, got "
+            f"{version('numpy')}; pip install 'numpy<2.4', or a newer Triton"
+        )
