@@ -18,16 +18,7 @@ from rich.console import Console
 
 import argrpo
 from argrpo.command_words import CommandWords
-from argrpo.exit_codes import (
-    BUG,
-    DONE,
-    MACHINE,
-    PREEMPTED,
-    STOPPED,
-    WRONG_INPUT,
-    exit_code,
-    line_of,
-)
+from argrpo.exit_codes import BUG, DONE, MACHINE, PREEMPTED, STOPPED, WRONG_INPUT, exit_code, saying
 from argrpo.warning_lines import WarningLines
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of each process that it starts
@@ -93,7 +84,7 @@ def _run(chosen: argparse.Namespace) -> int:
         code = exit_code(error, is_running)
         if code == BUG or chosen.traceback:
             raise
-        return _failed(line_of(error), code)
+        return _failed(saying(error), code)
     return DONE
 
 
@@ -262,6 +253,9 @@ def _failed(message: str, code: int) -> int:
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
+    if type(stop) is KeyboardInterrupt and "argrpo.ranks" not in sys.modules:
+        # PyTorch may be imported by half, and then cannot be imported again.
+        return _told("stopped by Ctrl-C", STOPPED)
     from argrpo.ranks import is_first
     from argrpo.stop_signals import Preempted
 

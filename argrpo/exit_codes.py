@@ -22,7 +22,7 @@ STOPPED, PREEMPTED = 130, 143  # 124 and a second signal's 130 end the process w
 _CPU_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 
 
-def line_of(error: Exception) -> str:
+def saying(error: Exception) -> str:
     """What an error says, in one line."""
     wanted = _CPU_MEMORY.search(str(error))
     if wanted is None:

@@ -1,5 +1,6 @@
 """What goes wrong in a run, and by which code and which words a command says whose fault it was."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -114,6 +115,20 @@ def test_a_quiet_end_keeps_its_code(
 
     monkeypatch.setattr(doctor, "examine", leaving)
     assert main(["doctor"]) == code
+
+
+def test_ctrl_c_while_pytorch_is_imported_is_as_short() -> None:
+    code = """
+import sys
+from argrpo import cli
+sys.modules["torch"] = None  # as after an import that was stopped
+def stopped(_):
+    raise KeyboardInterrupt
+cli._COMMANDS["doctor"] = cli._Command("", stopped)
+sys.exit(cli.main(["doctor"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "argrpo: stopped by Ctrl-C\n")
 
 
 def test_ctrl_c_is_a_short_message(
