@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from argrpo.kernels import guided_sampling as module
 from argrpo.kernels import sample_rows
@@ -255,6 +256,16 @@ def test_a_broken_hidden_state_says_nan_and_leaves_other_rows_alone(temperature:
     assert broken.logprobs.isnan().tolist() == [False, True, False]
     assert broken.entropies.isnan().tolist() == [False, True, False]
     assert broken.logprobs[::2].tolist() == whole.logprobs[::2].tolist()
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
+def test_a_gpu_makes_logits_of_every_float(dtype: torch.dtype) -> None:
+    """Tensors without numbers, which ask a GPU's rules and no GPU."""
+    with FakeTensorMode():
+        hidden, weight = (torch.zeros(rows, 8, dtype=dtype, device="cuda") for rows in (3, 5))
+        logits = head_logits(hidden, weight)
+    assert logits.dtype == torch.promote_types(dtype, torch.float32)
+    assert logits.shape == (3, 5) and logits.is_cuda
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (3, 100), (2, 1280)], ids=str)
