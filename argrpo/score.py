@@ -117,8 +117,7 @@ def prepare_scoring(config: ScoreConfig) -> Callable[[Report], Path]:
     judges = [make_reward(reward, device, config.cache_dir, shared) for reward in config.rewards]
     _check_judges(judges, [picture.prompt for picture in pictures])
     weights = torch.tensor([reward.weight for reward in config.rewards])
-    wanted = config.output_dir
-    output = RunFolder.numbered(_DEFAULT_FOLDER) if wanted is None else RunFolder.create(wanted)
+    output = _folder(config.output_dir)
 
     def run(report: Report = unreported) -> Path:
         try:
@@ -161,6 +160,18 @@ def write_scores(scores: ImageScores, output: Path) -> None:
     )
     write_atomically(output / "scores.json", lambda part: part.write_text(text, encoding="utf-8"))
     write_atomically(output / "histograms.png", lambda part: _draw_histograms(scores, part))
+
+
+def _folder(wanted: str | None) -> RunFolder:
+    if wanted is None:
+        return RunFolder.numbered(_DEFAULT_FOLDER)
+    folder = RunFolder.create(wanted)
+    if (folder.path / "scores.csv").exists():
+        raise ValueError(
+            f"output_dir: expected a folder without scores, got {folder.path}, which holds some; "
+            "choose another, or remove it"
+        )
+    return folder
 
 
 def _ask(

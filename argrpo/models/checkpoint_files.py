@@ -6,11 +6,9 @@ format allows it, so reading one does not yet cost its size.
 """
 
 import argparse
-import io
 import json
 import os
 import pickle
-import pickletools
 import re
 import shutil
 import struct
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from argrpo.models.inert_globals import LIGHTNING, stand_in
+from argrpo.models.inert_globals import LIGHTNING, first_global, stand_in
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -40,7 +38,6 @@ _KEY_PREFIXES = re.compile(r"^(?:_orig_mod\.|module\.)+")
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _PICKLE_MAGICS = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
-_PICKLE_HEAD = 65536  # bytes, looked at for what a pickle would import
 _GIT_LFS_MAGIC = b"version https://git-lfs"
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the format's own limit
 
@@ -248,30 +245,12 @@ def _code_refused(path: Path, name: str) -> str:
 
 
 def _pickle_refused(path: Path) -> str:
-    name = _first_global(path)
+    name = first_global(path)
     which = f"with the global {name}" if name else "without a global near its start"
     return (
         f"{path}: expected a torch or safetensors checkpoint, got a plain pickle {which}, and "
         f"reading one can run code; {_SAFER}"
     )
-
-
-def _first_global(path: Path) -> str | None:
-    """The first thing that a pickle would import; its opcodes are listed, none is executed."""
-    with path.open("rb") as file:
-        head = io.BytesIO(file.read(_PICKLE_HEAD))
-    texts: list[str] = []
-    try:
-        for opcode, argument, _ in pickletools.genops(head):
-            if opcode.name in ("GLOBAL", "INST"):
-                return str(argument).replace(" ", ".")
-            if opcode.name == "STACK_GLOBAL":
-                return ".".join(texts[-2:])
-            if isinstance(argument, str):
-                texts.append(argument)
-    except _DAMAGE:  # or cut off behind what was looked at
-        pass
-    return None
 
 
 def _damaged(path: Path, expected: str, error: Exception) -> ValueError:

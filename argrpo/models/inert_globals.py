@@ -1,7 +1,12 @@
-"""Stand-ins for classes that a checkpoint names beside its weights, as the callbacks of a training
-framework. They hold nothing and do nothing, so whatever a file makes of them runs no code.
+"""Classes that a checkpoint names beside its weights, as the callbacks of a training framework.
+
+Stand-ins for them hold nothing and do nothing, so whatever a file makes of them runs no code.
 """
 
+import io
+import pickletools
+import struct
+from pathlib import Path
 from typing import Self
 
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "omegaconf")
@@ -9,6 +14,9 @@ LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics
 
 # A subclass of dict in its own package; its items come by an opcode that real dicts alone take.
 _MAPPINGS = ("AttributeDict",)
+
+
+_HEAD = 65536  # bytes, looked at for what a pickle would import
 
 
 class Inert:
@@ -39,3 +47,27 @@ def stand_in(name: str, packages: tuple[str, ...]) -> type | None:
         return None
     short = name.rpartition(".")[2]
     return dict if short in _MAPPINGS else type(short, (Inert,), {})
+
+
+def first_global(path: Path) -> str | None:
+    """The first thing that a pickle would import; its opcodes are listed, none is executed."""
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(_HEAD))
+    texts: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(head):
+            if opcode.name in ("GLOBAL", "INST"):
+                return str(argument).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            if isinstance(argument, str):
+                texts.append(argument)
+    except (
+        ValueError,
+        EOFError,
+        LookupError,
+        OverflowError,
+        struct.error,
+    ):  # damaged, or cut off behind it
+        pass
+    return None

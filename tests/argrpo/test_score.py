@@ -123,6 +123,16 @@ def test_weights_and_options_come_from_a_file(folder: Path) -> None:
     assert (folder / "scores-2/scores.csv").is_file(), "an earlier result is kept"
 
 
+def test_scores_that_stand_there_are_not_written_over(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _score("--rewards", "score_judges:redness") == 0
+    table = (folder / "out/scores.csv").read_bytes()
+    assert _score("--rewards", "score_judges:letters") == 2
+    assert "output_dir: expected a folder without scores, got out, which" in capsys.readouterr().err
+    assert (folder / "out/scores.csv").read_bytes() == table
+
+
 def test_a_folder_is_compared_with_another_by_the_names_of_its_pictures(folder: Path) -> None:
     (folder / "originals").mkdir()
     for index, name in ((1, "00001_cat.png"), (3, "00003_cat.bmp")):
