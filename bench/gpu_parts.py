@@ -123,7 +123,7 @@ PARTS = (
                    "--output", "{results}/slots_gpu.jsonl"), 150),
     _bench("loo_fid", 60),
     _bench("rewards", 240, needs=("open_clip", "torchvision", "pyiqa", "httpx")),
-    _tests("peers", 100, "tests/bench/test_timing.py", "tests/bench/test_rollout_peers.py",
+    _tests("peers", 100, "tests/bench/test_timing.py", "tests/bench/test_static_cache_peers.py",
            marked="gpu"),
     _kernels("sampling_sizes", 120, "guided_sample", models=("B", "3B")),
     _kernels("attention_sizes", 240, "paged_decode_attention", models=("B", "3B")),

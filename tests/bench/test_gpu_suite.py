@@ -302,6 +302,17 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", *{tests}
     assert [row["contender"] for row in rows] == ["floor", "argrpo"]
 
 
+def test_parts_of_gpu_tests_name_files_that_have_some(suite: ModuleType) -> None:
+    """A test that moved to another file leaves a part that runs nothing, which pytest fails."""
+    for part in suite.PARTS:
+        if "pytest" not in part.command or part.command[part.command.index("-m", 2) + 1] != "gpu":
+            continue
+        for word in (word for word in part.command if word.startswith("tests/")):
+            path = ROOT / word
+            files = path.glob("test_*.py") if path.is_dir() else [path]
+            assert any("pytest.mark.gpu" in file.read_text(encoding="utf-8") for file in files)
+
+
 def test_every_kernel_test_is_run_once_and_needs_nothing_that_a_bare_machine_lacks(
     suite: ModuleType,
 ) -> None:

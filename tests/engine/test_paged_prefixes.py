@@ -28,10 +28,10 @@ class _Turned(LlamaGen):
 
     @property
     def rotary(self) -> Tensor:
-        length = self.config.prefix_len
+        length, table = self.config.prefix_len, super().rotary
         angles = torch.arange(length)[:, None] * torch.linspace(0.1, 1, self.config.head_dim // 2)
         turned = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return torch.cat([turned, super().rotary[length:]])
+        return torch.cat([turned.to(table.device), table[length:]])
 
 
 def text_model(kind: type[LlamaGen]) -> LlamaGen:
