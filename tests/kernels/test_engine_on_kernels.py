@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import argrpo.kernels
 from argrpo.engine.conditions import TextFeatures
+from argrpo.engine.device_queue import DeviceQueue
 from argrpo.engine.rollout import Rollout
 from argrpo.engine.rollout_engine import RolloutEngine
 from argrpo.engine.sampling_params import SamplingParams
@@ -77,6 +78,8 @@ def drawn(
 
 
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps as they are: references read numbers on the host, which a capture refuses."""
+    monkeypatch.setattr(DeviceQueue, "captured", lambda queue, step: step)
     for found in pkgutil.iter_modules(argrpo.kernels.__path__):
         module = import_module(f"argrpo.kernels.{found.name}")
         if hasattr(module, "uses_triton"):
