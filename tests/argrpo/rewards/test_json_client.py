@@ -1,5 +1,6 @@
 """How long a judge's server is waited for."""
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from argrpo.data import Prompt
 from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.delivery import Delivery
-from argrpo.rewards.json_client import retry_after
+from argrpo.rewards.json_client import Connection, JsonClient, retry_after
 from argrpo.rewards.pool import Asking, Scoring
 from argrpo.rewards.protocols import RemoteReward
 from argrpo.rewards.quantize import QuantizedRemoteReward, StepMap
@@ -76,6 +77,29 @@ def test_time_is_left_from_the_last_image_on(scripted_server: Start) -> None:
     assert ends == sorted(set(ends))
     # A minute from an image that came just now.
     assert 30 < ends[-1] - time.perf_counter() < 60
+
+
+def test_connections_are_kept_and_no_more_than_are_wanted(scripted_server: Start) -> None:
+    ports: list[int] = []
+
+    def answer(exchange: Any) -> None:
+        ports.append(exchange.port)
+        exchange.reply({})
+
+    client = JsonClient(scripted_server(answer), Connection(max_connections=11), place="options")
+
+    async def ask() -> int:
+        for _ in range(3):
+            await client.post({})
+        one_by_one = len(set(ports))
+        for _ in range(3):
+            await asyncio.gather(*[client.post({}) for _ in range(40)])
+        await client.close()
+        return one_by_one
+
+    assert asyncio.run(ask()) == 1
+    # More than those of one client of httpx, see _CLIENT_CONNECTIONS.
+    assert len(ports) == 123 and 4 < len(set(ports)) <= 11
 
 
 def test_retry_after_is_read_as_seconds_and_as_a_date() -> None:
