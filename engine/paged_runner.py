@@ -5,27 +5,22 @@ The host only lets images in, hands out pages and takes results, at turns that i
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
-from typing import Any, Generic, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from argrpo.engine.cache_plan import CachePlan
-from argrpo.engine.conditions import Conditions, select
+from argrpo.engine.conditions import select
 from argrpo.engine.decode_step import DecodeState, StepVariant, decode_steps, fed_embeddings
 from argrpo.engine.device_queue import DeviceQueue, Step, plain_tensors
 from argrpo.engine.draw_request import DrawRequest
-from argrpo.engine.paged_cache import PagedCache
+from argrpo.engine.paged_prefixes import COLLAPSED, KEYED, PrefixKind
 from argrpo.engine.policy import Policy
 from argrpo.engine.prefix import (
-    Prefixes,
-    PrefixKeys,
     PrefixMemory,
-    PrefixStates,
-    collapse_prefixes,
-    read_prefix_keys,
 )
 from argrpo.engine.ranges import Ranges, no_ranges
 from argrpo.engine.rollout import Rollout
@@ -38,17 +33,6 @@ from argrpo.kernels.record_draw import DrawLog, record_draw_
 # A graph of several steps saves the host's part of the others, some 5 us each, which the step of a
 # small model (60 us at its limit) feels. Most turns are a page long, a multiple of 8.
 _STEPS_PER_GRAPH = (8, 1)
-
-
-class _PrefixKind(NamedTuple, Generic[Prefixes]):
-    """How prefixes are read, and how they come into the cache."""
-
-    read: Callable[[Policy, Conditions], Prefixes]
-    place: Callable[[PagedCache, slice, Prefixes, slice], None]
-
-
-_COLLAPSED = _PrefixKind[PrefixStates](collapse_prefixes, PagedCache.write_collapsed)
-_KEYED = _PrefixKind[PrefixKeys](read_prefix_keys, PagedCache.write_keys)
 
 
 class _Job(NamedTuple):
@@ -95,7 +79,7 @@ class PagedRunner:
         self._plan = plan
         self._ranges = ranges
         self._queue = DeviceQueue(policy.head_weight.device)
-        self._kind: _PrefixKind[Any] = _KEYED if plan.layout.first_entry else _COLLAPSED
+        self._kind: PrefixKind[Any] = KEYED if plan.layout.first_entry else COLLAPSED
         self._cond: PrefixMemory[Any] = PrefixMemory(self._kind.read)
         self._uncond: PrefixMemory[Any] = PrefixMemory(self._kind.read)
         self._state: DecodeState | None = None
