@@ -5,7 +5,7 @@ Shapes: N images, M of them with a reference.
 
 import torch
 from torch import Tensor
-from torchvision.transforms import functional as VF
+from torch.nn import functional as F
 
 from argrpo.data import Prompt
 
@@ -65,8 +65,9 @@ def _fitted(image: Tensor, height: int, width: int) -> Tensor:
         return image
     factor = max(height / own_height, width / own_width)
     size = [max(round(own_height * factor), height), max(round(own_width * factor), width)]
-    resized = VF.resize(
-        image.float(), size, interpolation=VF.InterpolationMode.BICUBIC, antialias=True
-    )
+    (resized,) = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)
+    # Halves to even, as torchvision does.
+    top, left = (round((got - kept) / 2) for got, kept in zip(size, (height, width), strict=True))
+    middle = resized[:, top : top + height, left : left + width]
     # Bicubic weights leave [0, 1] beside edges.
-    return VF.center_crop(resized, [height, width]).clamp(0.0, 1.0).to(image.dtype)
+    return middle.clamp(0.0, 1.0).to(image.dtype)
