@@ -17,6 +17,7 @@ from argrpo.model_paths import named_within, resolve_path
 from argrpo.reward_config import RewardConfig
 from argrpo.rewards.callables import function_reward
 from argrpo.rewards.lanes import Judge
+from argrpo.rewards.protocols import Batched
 from argrpo.rewards.sharing import SharedNetworks
 
 REWARDS = {
@@ -88,6 +89,11 @@ def make_reward(
             options.setdefault(key, value)
     _check_options(config.name, options, taken)
     judge: Judge = named(**options)
+    if isinstance(judge, Batched) and judge.reward_batch < 1:
+        raise ValueError(
+            f"rewards.{config.name}.options.reward_batch: expected at least 1, got "
+            f"{judge.reward_batch}"
+        )
     return judge
 
 

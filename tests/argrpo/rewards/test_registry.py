@@ -28,6 +28,11 @@ class Constant:
         return self.value.expand(len(prompts))
 
 
+class InStretches(Constant):
+    def __init__(self, reward_batch: int) -> None:
+        self.reward_batch = reward_batch
+
+
 def _make(name: str, /, **options: object):
     return make_reward(RewardConfig(name=name, options=options), _CPU, None)
 
@@ -55,6 +60,7 @@ def test_a_class_of_your_own_is_built_with_its_options_and_the_device() -> None:
         (f"{__name__}:number_of_letters", {"a": 1}, "expected none for a function, got a"),
         (f"{__name__}:Constant", {}, r"options: expected value, got none"),
         (f"{__name__}:Constant", {"value": 1, "valeu": 2}, "expected some of value, device, got"),
+        (f"{__name__}:InStretches", {"reward_batch": 0}, r"options\.reward_batch: .* 1, got 0"),
     ],
 )
 def test_a_judge_that_cannot_be_made_is_named(name: str, options: dict, message: str) -> None:
