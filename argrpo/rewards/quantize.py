@@ -4,11 +4,12 @@
                          thresholds[i + 1]: one value more than thresholds. With as many values as
                          thresholds nothing is said of a score from the last threshold on: NaN, not
                          scored.
-    bins                 [low, high] (0 and 1) stretched to [lowest, highest] (0 and 5), rounded,
-                         halves up, to a multiple of (highest - lowest) / bins
+    bins                 [low, high] (0 and 1) stretched to [lowest, highest] (0 and 5), rounded to a
+                         multiple of (highest - lowest) / bins: halves up, but what is negative after
+                         the half was added is cut off towards 0
 
-NaN stays NaN, and where a judge does not apply, it still does not. Thresholds are compared in the
-precision of the scores.
+NaN stays NaN, and so does infinity become, which is no score either; where a judge does not apply,
+it still does not. Thresholds are compared in the precision of the scores.
 
 The judge is not asked twice: what it shares with one of the same options, a tower or a network,
 remembers the batch.
@@ -235,25 +236,36 @@ class StepMap:
             )
         self._thresholds = torch.tensor(list(thresholds), dtype=torch.float64)
         above = [torch.nan] if len(values) == len(thresholds) else []
-        # The last is for NaN, which sorts behind every number.
+        # The last is for what is no score.
         self._values = torch.tensor([*values, *above, torch.nan], dtype=torch.float32)
 
     def __call__(self, scores: Tensor) -> Tensor:
         """[N] floating point -> [N] fp32."""
         steps = torch.bucketize(scores, self._thresholds.to(scores), right=True)
-        steps = steps.masked_fill(scores.isnan(), len(self._values) - 1)
+        steps = steps.masked_fill(~scores.isfinite(), len(self._values) - 1)
         return self._values.to(scores.device)[steps]
 
 
 @dataclass(frozen=True, slots=True)
 class EqualSteps:
-    """Multiples of one width; see the top of this file."""
+    """Multiples of one width; see the top of this file.
+
+    Raises:
+        ValueError: no bin, or an interval of no length; one may run downwards.
+    """
 
     bins: int
     low: float = 0.0
     high: float = 1.0
     lowest: float = 0.0
     highest: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.bins < 1:
+            raise ValueError(f"bins: expected at least 1, got {self.bins}")
+        for first, last in (("low", "high"), ("lowest", "highest")):
+            if getattr(self, first) == getattr(self, last):
+                raise ValueError(f"{first}: expected another number than {last}, got the same")
 
     def __call__(self, scores: Tensor) -> Tensor:
         """[N] floating point -> [N] fp32."""

@@ -14,6 +14,7 @@ from argrpo.advantages import combine_rewards
 from argrpo.data import Prompt
 from argrpo.reward_config import RewardConfig
 from argrpo.rewards.background_loop import BackgroundLoop
+from argrpo.rewards.callables import function_reward
 from argrpo.rewards.lanes import Judge, Outcome
 from argrpo.rewards.pool import Asking, Scoring
 from argrpo.rewards.protocols import Answer, Batched, ContextReward, StepContext
@@ -90,6 +91,34 @@ def test_nan_stays_nan() -> None:
     scores = torch.tensor([torch.nan, 0.5])
     assert StepMap([0.0], [1.0, 2.0])(scores).isnan().tolist() == [True, False]
     assert EqualSteps(10)(scores).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("steps", [StepMap([0.0], [1.0, 2.0]), EqualSteps(10)])
+def test_an_infinite_score_is_a_failure_and_not_the_best_step(steps: Any) -> None:
+    def overflown(images: Tensor, prompts: list[Prompt]) -> Tensor:
+        return torch.tensor([torch.inf, 0.5, -torch.inf, 0.25])
+
+    answer = _outcome(quantized(function_reward("overflown", overflown), steps, "q")).answer
+    assert answer.scores.isnan().tolist() == [True, False, True, False]
+    assert answer.num_failures == 2
+
+
+def test_what_lies_below_the_lowest_bin_is_cut_off_towards_0() -> None:
+    # Stretched to -0.7, -0.3 and 0.5, in bins of 1.
+    assert EqualSteps(5)(torch.tensor([-0.14, -0.06, 0.1])).tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bins": 0}, "bins: expected at least 1, got 0"),
+        ({"bins": 2, "low": 1.0}, "low: expected another number than high"),
+        ({"bins": 2, "highest": 0.0}, "lowest: expected another number than highest"),
+    ],
+)
+def test_bins_that_are_none_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EqualSteps(**options)
 
 
 @pytest.mark.parametrize(
