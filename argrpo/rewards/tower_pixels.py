@@ -6,8 +6,9 @@
 
 Then cropped and normalised. A resized level is Pillow's but where a sum ends near a half, at most
 two levels off: a CPU resizes bytes with 16 bits of a weight where Pillow has 22, and a GPU, which
-resizes no bytes, has floats. Pillow goes across first, but down first where a tall picture is
-squashed, which is not followed: three levels of white noise.
+resizes no bytes, has floats. Across comes first, as in Pillow to 12. Its 13 goes down first where a
+picture is squashed that is taller than wide, or three times as tall, which is not followed: up to
+26 levels of white noise. A picture with a pixel that is no number is NaN, as it has no levels.
 
 Source: tgxs002/HPSv2 at 866735e, hpsv2/src/open_clip/transform.py; python-pillow/Pillow at 4e5f09f,
 src/libImaging/Resample.c.
@@ -60,6 +61,8 @@ def preprocess(images: Tensor, pixels: TowerPixels) -> Tensor:
         if pixels.resized_as == "picture":
             out.copy_(_cropped(_resized_levels(to_uint8(part, "round"), pixels), pixels))
             out.mul_(1.0 / (255.0 * std)).sub_(mean / std)
+            is_none = part.isnan().flatten(1).any(dim=1)
+            out.masked_fill_(is_none[:, None, None, None], torch.nan)
         else:
             shape = _resized_shape(part, pixels)
             resized = _resized(part.float(), shape, pixels, antialias=pixels.antialias)

@@ -134,6 +134,17 @@ def test_bfloat16_images_are_rounded_to_the_levels_of_their_values() -> None:
 
 
 @pytest.mark.parametrize("resized_as", get_args(ResizedAs))
+def test_an_image_that_is_no_number_is_no_black_picture(resized_as: ResizedAs) -> None:
+    images, pixels = torch.rand(5, 3, 48, 40), TowerPixels(32, resized_as=resized_as)
+    whole = preprocess(images, pixels)
+    images[3, 1, 24, 20] = torch.nan
+    seen = preprocess(images, pixels)
+    assert seen[3].isnan().any()
+    others = [0, 1, 2, 4]
+    assert torch.equal(seen[others], whole[others])
+
+
+@pytest.mark.parametrize("resized_as", get_args(ResizedAs))
 def test_an_image_does_not_depend_on_its_batch(resized_as: ResizedAs) -> None:
     images, pixels = torch.rand(7, 3, 48, 40), TowerPixels(32, resized_as=resized_as)
     together = preprocess(images, pixels)
