@@ -4,9 +4,9 @@
                          thresholds[i + 1]: one value more than thresholds. With as many values as
                          thresholds nothing is said of a score from the last threshold on: NaN, not
                          scored.
-    bins                 [low, high] (0 and 1) stretched to [lowest, highest] (0 and 5), rounded to a
-                         multiple of (highest - lowest) / bins: halves up, but what is negative after
-                         the half was added is cut off towards 0
+    bins                 [low, high] (0 and 1) stretched to [lowest, highest] (0 and 5), rounded to
+                         a multiple of (highest - lowest) / bins: half of one is added, and what is
+                         left over cut off towards 0
 
 NaN stays NaN, and so does infinity become, which is no score either; where a judge does not apply,
 it still does not. Thresholds are compared in the precision of the scores.
