@@ -8,7 +8,7 @@ Then cropped and normalised. A resized level is Pillow's but where a sum ends ne
 two levels off: a CPU resizes bytes with 16 bits of a weight where Pillow has 22, and a GPU, which
 resizes no bytes, has floats. Across comes first, as in Pillow to 12. Its 13 goes down first where a
 picture is squashed that is taller than wide, or three times as tall, which is not followed: up to
-26 levels of white noise. A picture with a pixel that is no number is NaN, as it has no levels.
+26 levels of white noise. A picture with a pixel that is no finite number is NaN.
 
 Source: tgxs002/HPSv2 at 866735e, hpsv2/src/open_clip/transform.py; python-pillow/Pillow at 4e5f09f,
 src/libImaging/Resample.c.
@@ -60,9 +60,9 @@ def preprocess(images: Tensor, pixels: TowerPixels) -> Tensor:
     for part, out in zip(images.split(batch), seen.split(batch), strict=True):
         if pixels.resized_as == "picture":
             out.copy_(_cropped(_resized_levels(to_uint8(part, "round"), pixels), pixels))
-            out.mul_(1.0 / (255.0 * std)).sub_(mean / std)
-            is_none = part.isnan().flatten(1).any(dim=1)
-            out.masked_fill_(is_none[:, None, None, None], torch.nan)
+            # 0 of an image, or NaN where a pixel is: a tenth of the time of asking each.
+            nothing = part.sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float32) * 0.0
+            out.mul_(1.0 / (255.0 * std)).sub_(mean / std + nothing)
         else:
             shape = _resized_shape(part, pixels)
             resized = _resized(part.float(), shape, pixels, antialias=pixels.antialias)

@@ -142,6 +142,8 @@ def test_an_image_that_is_no_number_is_no_black_picture(resized_as: ResizedAs) -
     assert seen[3].isnan().any()
     others = [0, 1, 2, 4]
     assert torch.equal(seen[others], whole[others])
+    # A sum of white pixels that half precision cannot hold is no such image.
+    assert not preprocess(torch.ones(1, 3, 160, 160).half(), pixels).isnan().any()
 
 
 @pytest.mark.parametrize("resized_as", get_args(ResizedAs))
