@@ -21,7 +21,8 @@ class UnreadableImageError(ValueError):
 
 
 def read_image(path: Path, name: str = "images") -> Tensor:
-    """[3, H, W] fp32 in [0, 1]; transparency is dropped.
+    """[3, H, W] fp32 in [0, 1], as it is stored: transparency is dropped, and a camera's word on
+    how it was held is not followed.
 
     Args:
         path: of a picture.
@@ -32,9 +33,13 @@ def read_image(path: Path, name: str = "images") -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            levels = np.array(file.convert("RGB"))
+            # Pillow makes white of most levels where 16 bits of grey become 8.
+            is_deep = file.mode.startswith("I")
+            levels = np.array(file if is_deep else file.convert("RGB"))
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"{name}: expected a picture, got {path} ({error})") from error
+    if is_deep:
+        return torch.from_numpy(levels.astype(np.float32) / 65535.0).expand(3, -1, -1)
     return torch.from_numpy(levels).permute(2, 0, 1).float() / 255.0
 
 

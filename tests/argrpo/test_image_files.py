@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from argrpo.image_files import grid, save_grid, save_image
+from argrpo.image_files import grid, read_image, save_grid, save_image
 from argrpo.pixels import to_uint8
 from argrpo.run_folder import StorageError
 
@@ -20,6 +20,25 @@ def test_a_png_file_holds_exactly_the_bytes_of_the_pixel_rule(tmp_path: Path) ->
         save_image(image, tmp_path / f"{rule}.png", pixels=rule)
         read = np.asarray(Image.open(tmp_path / f"{rule}.png"))
         assert np.array_equal(read, to_uint8(image, rule).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_a_picture_of_any_kind_is_read_as_red_green_and_blue(tmp_path: Path, mode: str) -> None:
+    levels = torch.randint(256, (17, 23, 3), dtype=torch.uint8).numpy()
+    picture = Image.fromarray(levels).convert(mode)
+    picture.save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
+    (path,) = tmp_path.iterdir()
+    with Image.open(path) as file:
+        wanted = np.asarray(file.convert("RGB")) / np.float32(255)
+    assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), wanted)
+
+
+def test_grey_of_16_bits_is_no_white(tmp_path: Path) -> None:
+    levels = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    image = read_image(tmp_path / "deep.png")
+    assert image.shape == (3, 16, 32) and image.dtype == torch.float32
+    assert np.array_equal(image[1].numpy(), levels / np.float32(65535))
 
 
 def test_a_grid_places_images_row_by_row_with_a_gap_between_them() -> None:
