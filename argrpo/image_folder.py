@@ -1,6 +1,7 @@
 """A folder of pictures and the prompts that they were made for."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from argrpo.data import Prompt
 from argrpo.image_files import read_image
+
+_LOG = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _SHEET = "grid.png"  # what argrpo sample leaves beside its images
@@ -32,11 +35,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"images: expected a folder, got {folder}")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.name != _SHEET
-    )
+    found = _pictures(folder)
     if not found:
         raise ValueError(f"images: expected pictures ({', '.join(SUFFIXES)}), got none in {folder}")
     return found
@@ -67,7 +66,8 @@ def with_references(pictures: Sequence[Picture], folder: Path, references: Path)
     """Pictures that judges may compare with those of another folder.
 
     Args:
-        pictures: some have a picture of the same name there, whatever their suffixes.
+        pictures: some have a picture of the same name there, whatever their suffixes; one warning
+            counts the others.
         folder: to which their names are relative.
         references: the other folder.
 
@@ -77,21 +77,31 @@ def with_references(pictures: Sequence[Picture], folder: Path, references: Path)
     """
     if not references.is_dir():
         raise NotADirectoryError(f"references: expected a folder, got {references}")
-    found = [_same_name(picture.path.relative_to(folder), references) for picture in pictures]
+    there = {path.relative_to(references): path for path in _pictures(references)}
+    by_stem = {name.with_suffix(""): path for name, path in reversed(there.items())}
+    names = [picture.path.relative_to(folder) for picture in pictures]
+    # The very name goes before another suffix.
+    found = [there.get(name, by_stem.get(name.with_suffix(""))) for name in names]
     if not any(found):
         raise ValueError(
-            f"references: expected pictures of the same names, such as "
-            f"{pictures[0].path.relative_to(folder)}, got none in {references}"
+            f"references: expected pictures of the same names, such as {names[0]}, got none in "
+            f"{references}"
         )
+    if missing := found.count(None):
+        first = names[found.index(None)]
+        _LOG.warning("references: %d of %d are missing, as of %s", missing, len(names), first)
     return [
         picture._replace(prompt=replace(picture.prompt, reference_path=path))
         for picture, path in zip(pictures, found, strict=True)
     ]
 
 
-def _same_name(name: Path, folder: Path) -> Path | None:
-    candidates = [folder / name.with_suffix(suffix) for suffix in (name.suffix, *SUFFIXES)]
-    return next((path for path in candidates if path.is_file()), None)
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.name != _SHEET and path.is_file()
+    )
 
 
 def _texts(paths: Sequence[Path], folder: Path, file: Path) -> list[str]:

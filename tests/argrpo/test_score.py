@@ -16,7 +16,7 @@ from torch import Tensor
 from argrpo.cli import main
 from argrpo.data import Prompt
 from argrpo.image_files import save_image
-from argrpo.image_folder import list_images, read_batches, with_prompts
+from argrpo.image_folder import list_images, read_batches, with_prompts, with_references
 from argrpo.reward_config import RewardConfig
 from argrpo.rewards.lanes import Outcome
 from argrpo.rewards.pool import Scoring
@@ -146,6 +146,22 @@ def test_a_folder_is_compared_with_another_by_the_names_of_its_pictures(folder: 
     # Squares of a third of .2, whose 8 bits are off by up to half a level each.
     assert [found[1], found[3]] == pytest.approx([0.2**2 / 3] * 2, abs=1e-3)
     assert scores["judges"]["mse"]["failures"] == 0
+
+
+def test_references_are_found_whatever_their_suffix_and_the_missing_ones_counted(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, originals = folder / "images", folder / "originals"
+    (images / "00002_cat.png").rename(images / "图 2.v1.png")
+    (images / "not_a_picture.png").mkdir()
+    originals.mkdir()
+    for name in ("00001_cat.bmp", "00001_cat.png", "图 2.v1.PNG"):
+        Image.new("RGB", (8, 8)).save(originals / name)
+    pictures = with_prompts(list_images(images), images, None)
+    found = with_references(pictures, images, originals)
+    names = [p.prompt.reference_path and p.prompt.reference_path.name for p in found]
+    assert names == [None, "00001_cat.png", None, None, "图 2.v1.PNG"]
+    assert "references: 3 of 5 are missing, as of 00000_cat.png" in caplog.text
 
 
 def test_prompts_go_by_line_for_so_many_images_or_by_name(folder: Path) -> None:
