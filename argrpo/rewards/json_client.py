@@ -160,7 +160,7 @@ class JsonClient:
                 else:
                     if response.status_code == 200:
                         return Reply(_parsed(response, self.url, attempt), attempt)
-                    problem = f"HTTP {response.status_code}: {_quoted(response.text)}"
+                    problem = f"HTTP {response.status_code}: {_quoted(response.content)}"
                     if response.status_code not in _PASSING and response.status_code < 500:
                         raise RequestError(f"{self.url}: {problem}", attempt)
                     wait_s = retry_after(response.headers.get("Retry-After"), time.time())
@@ -229,7 +229,7 @@ def retry_after(header: str | None, now: float) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(header).timestamp() - now
-        except ValueError:
+        except (ValueError, OverflowError):  # the second of a time zone without end
             return None
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
@@ -249,10 +249,11 @@ def _parsed(response: httpx.Response, url: str, num_retries: int) -> Any:
     try:
         return json.loads(response.content)
     except (ValueError, RecursionError) as error:  # the second where it is nested without end
-        problem = f"expected JSON, got {_quoted(response.text)} ({error})"
+        problem = f"expected JSON, got {_quoted(response.content)} ({error})"
         raise RequestError(f"{url}: {problem}", num_retries) from error
 
 
-def _quoted(text: str) -> str:
-    flat = " ".join(text.split())
+def _quoted(content: bytes) -> str:
+    # Not as the server says that it is encoded, which may be as zlib, or as nothing that there is.
+    flat = " ".join(content.decode("utf-8", "replace").split())
     return flat if len(flat) <= _QUOTED else f"{flat[:_QUOTED]}..."

@@ -12,7 +12,7 @@ import torch
 from argrpo.data import Prompt
 from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.delivery import Delivery
-from argrpo.rewards.json_client import Connection, JsonClient, retry_after
+from argrpo.rewards.json_client import Connection, JsonClient, RequestError, retry_after
 from argrpo.rewards.pool import Asking, Scoring
 from argrpo.rewards.protocols import RemoteReward
 from argrpo.rewards.quantize import QuantizedRemoteReward, StepMap
@@ -106,4 +106,24 @@ def test_retry_after_is_read_as_seconds_and_as_a_date() -> None:
     assert retry_after("7", 0.0) == 7.0
     assert retry_after("Thu, 01 Jan 1970 00:01:00 GMT", 45.0) == 15.0
     assert retry_after("Thu, 01 Jan 1970 00:01:00 GMT", 90.0) == 0.0
-    assert [retry_after(text, 0.0) for text in (None, "soon", "nan", "inf")] == [None] * 4
+    far = "Thu, 01 Jan 1970 00:01:00 +9999999999999"
+    assert [retry_after(text, 0.0) for text in (None, "soon", "nan", "inf", far)] == [None] * 5
+
+
+@pytest.mark.parametrize("charset", ["zlib", "hex", "idna", "undefined", "no-such-one"])
+@pytest.mark.parametrize("code", [200, 404])
+def test_an_answer_in_an_encoding_that_is_none_is_no_answer_and_no_crash(
+    scripted_server: Start, charset: str, code: int
+) -> None:
+    kind = f"text/plain; charset={charset}"
+    url = scripted_server(lambda exchange: exchange.reply(b"\xffno text", code, Content_Type=kind))
+    client = JsonClient(url, Connection(**_QUICK), place="options")
+
+    async def ask() -> None:
+        try:
+            await client.post({})
+        finally:
+            await client.close()
+
+    with pytest.raises(RequestError, match="\N{REPLACEMENT CHARACTER}no text"):
+        asyncio.run(ask())
