@@ -83,7 +83,9 @@ class TrainConfig:
     draw_ahead: bool = False
     """Draw the images of the next step before this one's are scored, so that judges behind servers
     have a whole step's time to answer. Images are then one step older than the policy that learns
-    from them: ratios compare with the policy that drew them."""
+    from them: ratios compare with the policy that drew them. Local judges work in their step's
+    turn, so that on a GPU they are not overlapped with a draw any more. A run that is made longer
+    by num_steps draws the first of its new steps from the policy as it is then."""
 
     deterministic: bool = False
     """Draw the same tokens whatever max_slots is, 8 images at a time."""

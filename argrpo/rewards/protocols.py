@@ -188,7 +188,11 @@ class Measuring(Protocol):
     """A judge that has more to say than its scores."""
 
     def metrics(self) -> dict[str, float]:
-        """Numbers about the images scored last, logged as rewards/NAME/KEY."""
+        """Numbers about the images scored last, logged as rewards/NAME/KEY.
+
+        With draw_ahead a `RemoteReward` may be at the next step's images by then; what it has to
+        say of some images it says with their `Answer`.
+        """
         ...
 
 
