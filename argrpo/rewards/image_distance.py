@@ -18,7 +18,7 @@ from torch import Tensor
 
 from argrpo.data import Prompt
 from argrpo.models.checkpoint_files import first_keys, read_checkpoint
-from argrpo.rewards.reference_images import have_reference, scattered, with_references
+from argrpo.rewards.reference_images import have_reference, references_of, scattered
 from argrpo.rewards.sharing import Residence, SharedNetworks
 
 _BACKBONES = {  # of torchvision
@@ -37,7 +37,7 @@ class MseReward:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN without a reference."""
-        rows, references = with_references(images, prompts)
+        rows, references = references_of(images, prompts)
         squares = (images[rows].float() - references.float()).square()
         return scattered(squares.flatten(1).mean(dim=1), rows, len(images))
 
@@ -99,7 +99,7 @@ class LpipsReward:
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN without a reference."""
         images = images.to(self._device).float()
-        rows, references = with_references(images, prompts)
+        rows, references = references_of(images, prompts)
         self._residence.wake()
         pairs = zip(
             images[rows].split(self.reward_batch),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from argrpo.data import Prompt
 from argrpo.model_paths import named_within
 from argrpo.rewards.pyiqa_networks import build_metric
-from argrpo.rewards.reference_images import have_reference, scattered, with_references
+from argrpo.rewards.reference_images import have_reference, references_of, scattered
 from argrpo.rewards.sharing import ImageMemo, Residence, SharedNetworks
 
 
@@ -67,7 +67,7 @@ class IqaReward:
         """[N, 3, H, W] in [0, 1] and N prompts -> [N] fp32, NaN = not scored."""
         if not self._loaded.needs_reference:
             return self._loaded.scores(images, self.reward_batch)
-        rows, references = with_references(images, prompts)
+        rows, references = references_of(images, prompts)
         compared = self._loaded.compare(images[rows], references, self.reward_batch)
         return scattered(compared, rows, len(images))
 

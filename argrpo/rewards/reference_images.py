@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from argrpo.data import Prompt
 
 
-def with_references(images: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+def references_of(images: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
     """The images that have a reference.
 
     A reference of another size is brought to that of the images: the shorter side resized, bicubic

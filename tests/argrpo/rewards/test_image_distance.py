@@ -13,7 +13,7 @@ from argrpo.rewards.background_loop import BackgroundLoop
 from argrpo.rewards.image_distance import LpipsReward, MseReward
 from argrpo.rewards.pool import Asking, Scoring
 from argrpo.rewards.quantize import StepMap, quantized
-from argrpo.rewards.reference_images import with_references
+from argrpo.rewards.reference_images import references_of
 from argrpo.rewards.scoring import Judges
 
 _CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_a_reference_is_read_from_its_file_and_brought_to_the_size_of_images(tmp
     images = ramp[None, :, :, 8:24].repeat(2, 1, 1, 1)
     assert MseReward()(images, [prompt, Prompt("b")])[0] < 4e-6, "half a level of 8 bits, squared"
     small = F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True)
-    (rows, found) = with_references(small, [prompt, Prompt("b")])
+    (rows, found) = references_of(small, [prompt, Prompt("b")])
     assert rows.tolist() == [0] and found.shape == (1, 3, 8, 8)
     # Next to the cut columns the whole picture's resizing sees beyond the cut.
     torch.testing.assert_close(found[0, :, :, 2:6], small[0, :, :, 2:6], atol=1 / 255, rtol=0)
